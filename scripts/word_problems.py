@@ -1,4 +1,4 @@
-"""Synthetic arithmetic word problems in two wordings, with a chain of thought that ends as in GSM8K.
+"""Synthetic arithmetic word problems in two wordings, with a chain of thought that ends as in GSM8K, and preferences.
 
 A problem consists of a start, a few events that each change a running number, and an ending. The built-in checkpoint is
 pre-trained on `broad` problems (plain arithmetic and simple stories) and fine-tuned on `market` problems (different
@@ -11,14 +11,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 Operator = Literal["+", "-", "*", "/"]
 Domain = Literal["broad", "market"]
 
 SPLITS = {"train": 1500, "validation": 400, "test": 1000}
+PREFERENCES = {"preferences": 600, "preferences_validation": 200}
 RETAINED_PROBLEMS = 800
 CORPUS_PROBLEMS = 64_000
 SEED = 0
@@ -264,8 +265,54 @@ def problems(domain: Domain, *, seed: int, taken: set[str]) -> Iterator[Problem]
         yield problem
 
 
-def quickstart_data() -> tuple[dict[str, list[Problem]], list[Problem]]:
-    """The splits by name and the `broad` pre-training corpus; no question occurs twice.
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A question with its answer, and with an answer in which one step is calculated wrongly."""
+
+    question: str
+    chosen: str
+    rejected: str
+
+
+def preference(rng: random.Random, problem: Problem) -> Preference | None:
+    """A problem with a wrong answer, or None if the numbers do not fit.
+
+    One step gets a wrong result, and all later steps calculate with it, so that only that step is wrong. The final
+    results differ.
+    """
+    steps = [line.split(" ") for line in problem.answer.splitlines()[:-1]]
+    slip = rng.randrange(len(steps))
+    changed: dict[int, int] = {}
+    lines: list[str] = []
+    for number, (left, operator, right, _, result) in enumerate(steps):
+        values = [changed.get(int(left), int(left)), int(right)]
+        if left != right:  # otherwise the right one is a number of the question
+            values[1] = changed.get(values[1], values[1])
+        if operator == "/" and values[0] % values[1]:
+            return None
+        found = _APPLY[cast("Operator", operator)](*values)
+        found += rng.choice((-10, -2, -1, 1, 2, 10)) if number == slip else 0
+        if found < 1:
+            return None
+        if number >= slip:
+            changed[int(result)] = found
+        lines.append(f"{values[0]} {operator} {values[1]} = {found}")
+    if str(found) == steps[-1][-1]:
+        return None
+    return Preference(problem.question, problem.answer, "\n".join([*lines, f"#### {found}"]))
+
+
+def preferences(market: Iterator[Problem], *, seed: int) -> Iterator[Preference]:
+    """Yields endless preferences on problems."""
+    rng = random.Random(f"preferences {seed}")
+    for problem in market:
+        found = preference(rng, problem)
+        if found is not None:
+            yield found
+
+
+def quickstart_data() -> tuple[dict[str, list[Problem]], dict[str, list[Preference]], list[Problem]]:
+    """The splits by name, the preferences by name, and the `broad` pre-training corpus; no question occurs twice.
 
     The split `retained` has further `broad` problems, the others have `market` problems.
     """
@@ -274,9 +321,18 @@ def quickstart_data() -> tuple[dict[str, list[Problem]], list[Problem]]:
     splits = {name: list(itertools.islice(market, count)) for name, count in SPLITS.items()}
     broad = problems("broad", seed=SEED, taken=taken)
     corpus = list(itertools.islice(broad, CORPUS_PROBLEMS))
-    return {**splits, "retained": list(itertools.islice(broad, RETAINED_PROBLEMS))}, corpus
+    splits["retained"] = list(itertools.islice(broad, RETAINED_PROBLEMS))
+    compared = preferences(market, seed=SEED)
+    pairs = {name: list(itertools.islice(compared, count)) for name, count in PREFERENCES.items()}
+    return splits, pairs, corpus
 
 
-def json_lines(part: list[Problem]) -> str:
-    """One JSON record (`question`, `answer`) per line."""
-    return "".join(json.dumps({"question": problem.question, "answer": problem.answer}) + "\n" for problem in part)
+def json_lines(part: Sequence[Problem | Preference]) -> str:
+    """One JSON record per line: `question` and `answer`, or `prompt`, `chosen` and `rejected`."""
+    return "".join(json.dumps(_record(item)) + "\n" for item in part)
+
+
+def _record(item: Problem | Preference) -> dict[str, str]:
+    if isinstance(item, Problem):
+        return {"question": item.question, "answer": item.answer}
+    return {"prompt": item.question, "chosen": item.chosen, "rejected": item.rejected}

@@ -34,7 +34,9 @@ def _record(record: ShownRecord, data: ShownData, *, marked: bool) -> Text:
     lines = [head + trained_on(record.answer_tokens, record.tokens, marked=marked)]
     if record.cut_tokens:
         lines.append(f"truncated at --max-length {data.max_length_tokens}: {counted(record.cut_tokens, 'token')} cut")
-    segments = ((segment.text, segment.is_answer) for segment in record.segments)
+    segments = [(segment.text, segment.is_answer) for segment in record.segments]
+    if record.rejected:
+        segments += [("\nrejected: ", False), *((segment.text, segment.is_answer) for segment in record.rejected)]
     return record_text("\n".join([*lines, *record.remarks]), segments, marked=marked)
 
 
@@ -92,6 +94,11 @@ def _rows(part: PartStats, max_length_tokens: int) -> Iterator[tuple[str, str]]:
         yield "90 %", f"{lengths.p90:,}"
         yield "99 %", f"{lengths.p99:,}"
         yield "maximum", f"{lengths.most:,}"
+    if part.preferences is not None:
+        yield "preferences", f"{part.preferences.records:,}"
+        for name, answers in (("chosen", part.preferences.chosen), ("rejected", part.preferences.rejected)):
+            yield f"{name} answer: median", f"{answers.median:,}"
+            yield f"{name} answer: maximum", f"{answers.most:,}"
     yield f"truncated at {max_length_tokens}", f"{tokens.truncated:,} ({tokens.truncated_share:.1%})"
     yield "prompt alone too long", f"{tokens.overlong:,}"
 

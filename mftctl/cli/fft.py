@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mftctl.cli import options as opt
-from mftctl.cli.output import Output, pairs_table, retained_rows
+from mftctl.cli.output import Output, pairs_table, retained_rows, reward_rows
 from mftctl.cli.session import Session
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
@@ -59,6 +59,9 @@ def fft(
     quantize: Annotated[str | None, opt.setting(FftOptions, "quantize", "--quantize", panel=opt.METHOD)] = None,
     optimizer: Annotated[str | None, opt.setting(FftOptions, "optimizer", "--optimizer", panel=opt.TRAINING)] = None,
     low_memory: opt.FftLowMemory = None,
+    objective: opt.Objective = None,
+    beta: opt.Beta = None,
+    length_normalized: opt.LengthNormalized = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.FftRate = None,
@@ -101,6 +104,8 @@ def fft(
     Trains all weights, or those selected by a method: the weights with the largest gradients (Gradient-Mask Tuning),
     random weights, half of the parameters, or an adapter. The loss covers answer tokens only. Starting from a
     fine-tuned model continues its fine-tuning.
+
+    With --objective dpo, the data are preferences: records of prompt, chosen and rejected.
     """
     launch = settle_launch("fft", processes, shard)
     with Output(as_json=as_json) as console:
@@ -131,6 +136,7 @@ def show(console: Output, run: Run, result: FftResult) -> None:
                 ("", f"{result.best_loss:.4f} at the best step ({result.best_step} of {result.steps})"),
                 ("", f"{result.last_loss:.4f} at the last step"),
                 *([] if score is None else [(score.metric, f"{score.value:.4f} at the best step")]),
+                *reward_rows(result.rewards),
                 *retained_rows(result.retained, "at the start"),
                 ("model", f"{result.model} ({kept})"),
                 ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),

@@ -9,7 +9,7 @@ import typer
 
 from mftctl.cli import completion
 from mftctl.cli import options as opt
-from mftctl.cli.output import Output, pairs_table, retained_rows
+from mftctl.cli.output import Output, pairs_table, retained_rows, reward_rows
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.experiments.results import DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_folder import Run
@@ -91,6 +91,9 @@ def mask_train(
     strategy: Annotated[str | None, opt.setting(MaskTrainOptions, "strategy", "--strategy", panel=opt.MASKING)] = None,
     rescale: Annotated[bool | None, opt.setting(MaskTrainOptions, "rescale", "--rescale", panel=opt.MASKING)] = None,
     base: Annotated[str | None, opt.setting(MaskTrainOptions, "base", "--base", panel=opt.MASKING)] = None,
+    objective: opt.Objective = None,
+    beta: opt.Beta = None,
+    length_normalized: opt.LengthNormalized = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.MaskRate = None,
@@ -135,7 +138,8 @@ def mask_train(
     validation data selects the best mask, or none if none helps; the other half confirms the choice. The mask is
     written to a small file separate from the model.
 
-    With --kind delta, removed weights return to their values before fine-tuning instead of becoming 0.
+    With --kind delta, removed weights return to their values before fine-tuning instead of becoming 0. With --objective
+    dpo, the data are preferences: records of prompt, chosen and rejected.
     """
     launch = settle_launch("mask-train", processes, shard)
     with Output(as_json=as_json) as console:
@@ -179,6 +183,7 @@ def _losses(result: MeasuredMask) -> list[tuple[str, str]]:
     if result.unmasked_score is not None and result.best_score is not None:
         name, before, after = result.best_score.metric, result.unmasked_score.value, result.best_score.value
         rows += [(name, f"{before:.4f} without a mask"), ("", f"{after:.4f} with the mask")]
+    rows += reward_rows(result.rewards)
     rows += retained_rows(result.retained, "without a mask")
     if found := result.confirmation:
         change = f"{found.change:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"

@@ -330,6 +330,12 @@ BestBy = Annotated[
     setting(TrainingOptions, "best_by", "--best-by", panel=TRAINING, metavar="loss|exact_match|TASK"),
 ]
 Schedule = Annotated[str | None, setting(TrainingOptions, "schedule", "--schedule", panel=TRAINING)]
+Objective = Annotated[str | None, setting(TrainingOptions, "objective", "--objective", panel=TRAINING)]
+Beta = Annotated[float | None, setting(TrainingOptions, "beta", "--beta", panel=TRAINING)]
+LengthNormalized = Annotated[
+    bool | None,
+    setting(TrainingOptions, "length_normalized", "--length-normalized/--no-length-normalized", panel=TRAINING),
+]
 RetainWeight = Annotated[float | None, setting(TrainingOptions, "retain_weight", "--retain-weight", panel=TRAINING)]
 Average = Annotated[str | None, setting(TrainingOptions, "average", "--average", panel=TRAINING)]
 AverageDevice = Annotated[str | None, setting(TrainingOptions, "average_device", "--average-device", panel=TRAINING)]

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mftctl.cli.streams import PlainTextConsole, unfiltered_messages
 from mftctl.errors import ConfigError, MftError
-from mftctl.experiments.results import RetainedLosses
+from mftctl.experiments.results import RetainedLosses, Rewards
 from mftctl.files.json_files import json_text
 from mftctl.progress import Progress as State
 from mftctl.runtime.processes import is_first, world_size
@@ -201,6 +201,16 @@ def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     for name, value in pairs:
         table.add_row(escape(name), escape(value))
     return table
+
+
+def reward_rows(rewards: Rewards | None) -> list[tuple[str, str]]:
+    """Returns the rows of a result for the rewards of validation records; none unless they are preferences."""
+    if rewards is None:
+        return []
+    return [
+        ("reward accuracy", f"{rewards.accuracy:.1%} of the validation records"),
+        ("margin", f"{rewards.margin:+.4f} (chosen {rewards.chosen:+.4f}, rejected {rewards.rejected:+.4f})"),
+    ]
 
 
 def retained_rows(losses: RetainedLosses | None, before: str) -> list[tuple[str, str]]:

@@ -40,15 +40,16 @@ def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) 
 
 def _main_tables(made: Report, each_seed: bool) -> list[TextTable]:
     """Returns the overviews if any, otherwise the only tables there are; with each seed, all metric tables."""
-    from mftctl.reporting.output.text_tables import efficiency_text, metric_text, overview_text
+    from mftctl.reporting.output.text_tables import efficiency_text, metric_text, overview_text, preferences_text
 
+    preferences = [preferences_text(made.preferences)] if made.preferences and not each_seed else []
     if each_seed:
         return [metric_text(table, by_seed=True) for table in made.tables]
     if made.overviews:
-        return [overview_text(overview) for overview in made.overviews]
+        return [*(overview_text(overview) for overview in made.overviews), *preferences]
     if made.tables:
-        return [metric_text(table) for table in made.tables]
-    return [efficiency_text(made.efficiency)] if made.efficiency else []
+        return [*(metric_text(table) for table in made.tables), *preferences]
+    return preferences or ([efficiency_text(made.efficiency)] if made.efficiency else [])
 
 
 def _tell(console: Output, made: Report) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -16,6 +16,10 @@ from mftctl.errors import DataError
 
 _MEGA_BATCH = 50
 """Number of batches sorted by length together: enough to keep padding low, few enough to stay random."""
+
+
+REFERENCE = "reference"
+"""The key under which a batch of preferences holds the log-probabilities of the reference model."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -111,8 +115,7 @@ class ProcessRecords(Dataset[Encoded]):
     def __getitem__(self, index: int) -> Encoded:
         if index >= 0:
             return self.records[index]
-        record = self.records[-1 - index]
-        return replace(record, labels=[IGNORED_LABEL] * len(record.labels))
+        return self.records[-1 - index].ignored()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -129,17 +132,26 @@ class PaddingCollator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """The batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape `(examples, longest)`.
+        """The batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape `(sequences, longest)`.
+
+        Preferences give two sequences each: first all with the chosen answers, then all with the rejected ones. If
+        their reference log-probabilities are known, the batch has them as `reference`, fp32 `(2, preferences)`.
 
         Args:
-            examples: At least one.
+            examples: At least one; all of them preferences, or none.
         """
-        width = max(len(example.input_ids) for example in examples)
-        return {
-            "input_ids": _pad([example.input_ids for example in examples], width, self.pad_token_id),
-            "attention_mask": _pad([[1] * len(example.input_ids) for example in examples], width, 0),
-            "labels": _pad([example.labels for example in examples], width, IGNORED_LABEL),
+        sides = [example.sides for example in examples]
+        sequences = [side for answers in zip(*sides, strict=True) for side in answers]
+        width = max(len(sequence.input_ids) for sequence in sequences)
+        batch = {
+            "input_ids": _pad([sequence.input_ids for sequence in sequences], width, self.pad_token_id),
+            "attention_mask": _pad([[1] * len(sequence.input_ids) for sequence in sequences], width, 0),
+            "labels": _pad([sequence.labels for sequence in sequences], width, IGNORED_LABEL),
         }
+        known = [example.reference for example in examples if example.reference is not None]
+        if known:
+            batch[REFERENCE] = torch.tensor(known, dtype=torch.float32).T
+        return batch
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -72,11 +72,12 @@ class NgramIndex:
 
 
 def compared_text(example: Example) -> str:
-    """The text of an example whose words are compared: its turns, one after another.
+    """The text of an example whose words are compared: its turns, one after another, with both answers of a preference.
 
     System prompts are left out: many records share theirs. So are tools and token ids.
     """
-    turns = [message for message in example.messages if message.role not in ("system", "developer")]
+    messages = (*example.messages, *example.rejected[len(example.prompt) :])
+    turns = [message for message in messages if message.role not in ("system", "developer")]
     return "\n".join(part for turn in turns for part in (turn.thinking, turn.content))
 
 

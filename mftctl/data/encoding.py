@@ -31,17 +31,44 @@ class Encoded:
         labels: The token ids of the answers and -100 elsewhere; as many as `input_ids`.
         where: Origin of the record.
         remarks: What the user is told about the record.
+        rejected: For a preference, the same prompt with the rejected answer; `input_ids` has the chosen one.
+        reference: For a preference, the log-probabilities of the chosen and the rejected answer under the reference
+            model, in nats; None if they are not known.
     """
 
     input_ids: list[int]
     labels: list[int]
     where: str
     remarks: Remark = Remark.NONE
+    rejected: Encoded | None = None
+    reference: tuple[float, float] | None = None
+
+    @property
+    def sides(self) -> tuple[Encoded, ...]:
+        """The record itself; for a preference, the sequences with the chosen and with the rejected answer."""
+        if self.rejected is None:
+            return (self,)
+        return replace(self, rejected=None, reference=None), self.rejected
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, of both sequences of a preference."""
+        return sum(len(side.input_ids) for side in self.sides)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Number of tokens of its sequence, or of the longer one of a preference."""
+        return max(len(side.input_ids) for side in self.sides)
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens trained on."""
-        return sum(label != IGNORED_LABEL for label in self.labels)
+        """Number of tokens trained on, in both answers of a preference."""
+        return sum(label != IGNORED_LABEL for side in self.sides for label in side.labels)
+
+    def ignored(self) -> Encoded:
+        """The record without anything to train on."""
+        rejected = None if self.rejected is None else self.rejected.ignored()
+        return replace(self, labels=[IGNORED_LABEL] * len(self.labels), rejected=rejected)
 
 
 _BATCH_RECORDS = 256
@@ -108,8 +135,16 @@ class Encoder:
 
         Args:
             examples: The examples to encode.
-            max_length_tokens: Longer examples are truncated at the end.
+            max_length_tokens: Longer examples are truncated at the end; of a preference, each of its two sequences.
         """
+        sides = [side for example in examples for side in example.sides]
+        outcomes = iter(self._encode_sides(sides, max_length_tokens))
+        return [
+            _preference(next(outcomes), next(outcomes)) if example.rejected else next(outcomes) for example in examples
+        ]
+
+    def _encode_sides(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded | DataError]:
+        """The outcome for each example with one answer."""
         rendered: list[Rendered | DataError | None] = []
         with template_limits():
             for example in examples:
@@ -276,6 +311,24 @@ def encode_all(
         if on_progress is not None:
             on_progress(min(start + _BATCH_RECORDS, len(examples)), len(examples))
     return EncodedRecords(records, used)
+
+
+def _preference(chosen: Encoded | DataError, rejected: Encoded | DataError) -> Encoded | DataError:
+    """A preference of two encoded answers, or why it cannot be used."""
+    if isinstance(chosen, DataError):
+        return chosen
+    if isinstance(rejected, DataError):
+        return rejected
+    remarks = chosen.remarks | rejected.remarks
+    if (chosen.input_ids, chosen.labels) == (rejected.input_ids, rejected.labels):
+        return DataError(
+            "The chosen and the rejected answer have the same tokens.",
+            path=chosen.where,
+            expected="answers that differ within the maximum length",
+            actual=f"the same {len(chosen.input_ids)} tokens",
+            hint="raise --max-length, or remove the record" if Remark.CUT in remarks else "remove the record",
+        )
+    return replace(chosen, remarks=remarks, rejected=rejected)
 
 
 def _joined(example: Example, rendered: Rendered, pieces: Sequence[_Piece], max_length_tokens: int) -> Encoded:

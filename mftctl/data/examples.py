@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 IGNORED_LABEL = -100
@@ -12,6 +13,8 @@ IGNORED_LABEL = -100
 Kind = Literal["chat", "completion", "text", "tokens"]
 Learn = Literal["all", "last"]
 """Answers of a conversation to train on."""
+RecordKind = Literal["answers", "preferences"]
+"""Records with one answer each, or with a chosen and a rejected one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,17 @@ class Example:
 
     Attributes:
         kind: `chat` (rendered with the chat template), `completion` (rendered with the template if there is one,
-            otherwise prompt and completion are concatenated), `text` (plain text, every token is a label) or `tokens`
-            (pre-tokenised, without messages).
-        messages: The turns; the last is the assistant's answer. A `text` record is a single assistant turn.
+            otherwise prompt and completion are concatenated), `text` (plain text, never rendered with the template) or
+            `tokens` (pre-tokenised, without messages).
+        messages: The turns; the last is the assistant's answer. A `text` record is a single assistant turn unless it
+            is a preference.
         where: Origin of the record, such as `train.jsonl:17`.
         has_turns: Whether the record is a list of turns, which needs a chat template to mark the roles.
         tools: JSON text of the list of functions that the assistant may call; empty if there are none.
         template_args: JSON text of the record's chat-template variables; empty if there are none.
         token_ids: The tokens of a `tokens` record.
+        rejected: For a preference, the turns with the rejected answer, from the first; `messages` has the chosen one.
+            Empty for a record with one answer.
     """
 
     kind: Kind
@@ -88,11 +94,24 @@ class Example:
     tools: str = ""
     template_args: str = ""
     token_ids: TokenIds | None = None
+    rejected: tuple[Message, ...] = ()
+
+    @property
+    def record_kind(self) -> RecordKind:
+        """Whether the record has one answer or is a preference."""
+        return "preferences" if self.rejected else "answers"
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """The record itself; for a preference, a record with the chosen and one with the rejected answer."""
+        if not self.rejected:
+            return (self,)
+        return replace(self, rejected=()), replace(self, messages=self.rejected, rejected=())
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """Everything before the answer."""
-        return self.messages[:-1]
+        """Everything before the answer, or before both answers."""
+        return shared_start(self.messages[:-1], self.rejected[:-1]) if self.rejected else self.messages[:-1]
 
     @property
     def answer(self) -> str:
@@ -107,9 +126,11 @@ class Example:
     def canonical(self) -> bytes:
         """Canonical JSON of the content; equal records give equal bytes, whatever their origin."""
         document: list[Any] = [self.kind, [_canonical(message) for message in self.messages]]
-        if self.tools or self.template_args or self.token_ids is not None:
+        if self.tools or self.template_args or self.token_ids is not None or self.rejected:
             ids = None if self.token_ids is None else [self.token_ids.input_ids, self.token_ids.labels]
             document.append([self.tools, self.template_args, ids])
+        if self.rejected:
+            document.append([_canonical(message) for message in self.rejected])
         return json.dumps(document).encode()
 
     @classmethod
@@ -124,13 +145,20 @@ class Example:
         kind, messages, *more = json.loads(content)
         tools, template_args, ids = more[0] if more else ("", "", None)
         token_ids = None if ids is None else TokenIds(tuple(ids[0]), tuple(ids[1]))
-        return cls(kind, tuple(map(_message, messages)), where, has_turns, tools, template_args, token_ids)
+        rejected = tuple(map(_message, more[1])) if len(more) > 1 else ()
+        return cls(kind, tuple(map(_message, messages)), where, has_turns, tools, template_args, token_ids, rejected)
 
     def prompt_content(self) -> bytes:
         """Canonical JSON of the kind and the prompt, or of the whole of a plain text or of token ids."""
         ids = None if self.token_ids is None else [self.token_ids.input_ids, self.token_ids.labels]
         messages = self.prompt or self.messages
         return json.dumps([self.kind, [_canonical(message) for message in messages] or ids]).encode()
+
+
+def shared_start(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns that two conversations have in common at their start."""
+    same = takewhile(lambda turns: turns[0] == turns[1], zip(first, second, strict=False))
+    return tuple(turn for turn, _ in same)
 
 
 def _message(fields: list[Any]) -> Message:

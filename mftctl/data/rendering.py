@@ -75,7 +75,8 @@ class Renderer:
                 contain the last answer.
         """
         if example.kind == "text":
-            return Rendered((Segment(example.answer, is_answer=True),), add_bos=True, add_eos=True)
+            texts = [*((message.content, False) for message in example.prompt), (example.answer, True)]
+            return Rendered(_segments(texts), add_bos=True, add_eos=True)
         if self.chat is not None:
             return self._chat(self.chat.render(example))
         if example.has_turns:

@@ -31,6 +31,8 @@ _BUILT_IN: dict[str, built_in.Split] = {
     f"{built_in.NAME}/validation": "validation",
     f"{built_in.NAME}/test": "test",
     f"{built_in.NAME}/retained": "retained",
+    f"{built_in.NAME}/preferences": "preferences",
+    f"{built_in.NAME}/preferences_validation": "preferences_validation",
 }
 
 
@@ -40,7 +42,8 @@ class DataSource:
 
     Attributes:
         path: A local file, a folder of files, a pattern such as `part-*.jsonl`, a hub id (`owner/name` or
-            `owner/name:config`), or `quickstart` with or without `/train`, `/validation`, `/test` or `/retained`.
+            `owner/name:config`), or `quickstart` with or without `/train`, `/validation`, `/test`, `/retained`,
+            `/preferences` or `/preferences_validation`.
         count: Number of records to take, over all files; None for all.
         split: The split of a hub dataset; None for `train`.
     """

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
@@ -34,9 +34,26 @@ class SampleLoss:
     nll: float
     answer_tokens: int
 
+    @property
+    def weight(self) -> int:
+        """The number of answer tokens, so that a mean is one over tokens."""
+        return self.answer_tokens
 
-def mean_loss(losses: Sequence[SampleLoss]) -> float:
-    """Negative log-likelihood per answer token over all samples, in nats.
+
+class RecordLoss(Protocol):
+    """The loss of one record, and its weight in a mean."""
+
+    @property
+    def nll(self) -> float:
+        """Summed negative log-likelihood, in nats."""
+
+    @property
+    def weight(self) -> int:
+        """Number of terms in that sum."""
+
+
+def mean_loss(losses: Sequence[RecordLoss]) -> float:
+    """The mean negative log-likelihood in nats: per answer token, or per preference.
 
     Args:
         losses: The samples; long answers weigh more than short ones, as in training.
@@ -44,14 +61,14 @@ def mean_loss(losses: Sequence[SampleLoss]) -> float:
     Raises:
         EvaluationError: There is no answer token.
     """
-    answer_tokens = sum(loss.answer_tokens for loss in losses)
-    if answer_tokens == 0:
+    weight = sum(loss.weight for loss in losses)
+    if weight == 0:
         raise EvaluationError(
             "There is no answer token to compute a loss on.",
             expected="at least one sample with an answer",
             actual=f"samples: {len(losses)}, answer tokens: 0",
         )
-    return math.fsum(loss.nll for loss in losses) / answer_tokens
+    return math.fsum(loss.nll for loss in losses) / weight
 
 
 def sample_losses(

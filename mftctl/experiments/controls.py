@@ -27,8 +27,11 @@ _SAME_STEPS = (
     "batch_tokens",
     "max_length_tokens",
     "val_steps",
+    "objective",
+    "beta",
+    "length_normalized",
 )
-"""Options of mask training that determine its records and steps."""
+"""Options of mask training that determine its records, its steps and what it minimises."""
 
 _OF_A_CONTROL: Mapping[str, Any] = {
     "data": True,

@@ -27,7 +27,16 @@ IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
 _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records", "retain_data")
 """Keys added later: omitted at their defaults, so that earlier runs are still recognised."""
 
-_OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio", "retain_weight")
+_OF_TRAINING = (
+    "average",
+    "best_by",
+    "average_horizons",
+    "decay_ratio",
+    "retain_weight",
+    "objective",
+    "beta",
+    "length_normalized",
+)
 _OF_SECTIONS = {
     "fft": ("exclude", "learn_from", "lora_experts", "support", *_OF_TRAINING),
     "mask_train": ("budget", "keep", "kind", "pattern", "projections", "rescale", "start_std", "unit", *_OF_TRAINING),

@@ -15,6 +15,8 @@ class _Settings(Protocol):
     @property
     def method(self) -> str: ...
     @property
+    def objective(self) -> str: ...
+    @property
     def ratio(self) -> float | None: ...
     @property
     def support(self) -> str | None: ...
@@ -52,9 +54,17 @@ def fft_problem(options: _Settings) -> str | None:
 
 
 def _problems(options: _Settings) -> Iterator[str]:
+    yield from _objective(options)
     yield from _selection(options)
     yield from _adapter(options)
     yield from _memory(options)
+
+
+def _objective(options: _Settings) -> Iterator[str]:
+    if options.objective == "dpo" and options.trains_positions:
+        yield f"fft.objective: dpo trains with full, lora, gmt, hft or random; the method is {options.method}"
+    if options.objective == "dpo" and options.lora_dropout > 0:
+        yield "fft.lora_dropout does not apply to the objective dpo, which trains without dropout"
 
 
 def _selection(options: _Settings) -> Iterator[str]:

@@ -36,6 +36,8 @@ class MetricsLine(Part):
         average_losses: Validation loss of each running average, by its horizon.
         retained_loss: Loss on held-out records of another domain.
         average_retained_losses: The same for each running average, by its horizon.
+        rewards: Rewards of the validation records, if they are preferences; see `Rewards`.
+        average_rewards: The same for each running average, by its horizon.
         divergence: Divergence from the model before fine-tuning at the last step, per retained answer token.
         num_input_tokens_seen: Training tokens so far.
         train_runtime: Seconds since training started or was resumed.
@@ -67,6 +69,8 @@ class MetricsLine(Part):
     average_losses: dict[str, Measured] = Field(default_factory=dict)
     retained_loss: Measured | None = None
     average_retained_losses: dict[str, Measured] = Field(default_factory=dict)
+    rewards: dict[str, Measured] = Field(default_factory=dict)
+    average_rewards: dict[str, dict[str, Measured]] = Field(default_factory=dict)
     divergence: Measured | None = None
     num_input_tokens_seen: Exact | None = None
     train_runtime: Exact | None = None

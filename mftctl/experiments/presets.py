@@ -12,18 +12,22 @@ ScoreStart = Literal["weights", "normal", "kaiming", "constant"]
 Ranking = Literal["absolute", "signed"]
 Keep = Literal["best", "last"]
 MaskKind = Literal["weight", "delta"]
+Objective = Literal["sft", "dpo"]
 GroupSize = int | Literal["all"]
 
 DEFAULT_RATIO = 0.1
 DEFAULT_UPDATE_RATIO = 0.2
 DEFAULT_FROZEN_RATIO = 0.99
 DEFAULT_PATIENCE = 5
+DEFAULT_BETA = 0.1
+DEFAULT_RATES: Final[Mapping[Objective, float]] = {"sft": 2e-5, "dpo": 1e-6}
+"""Learning rates of fine-tuning; that of DPO is TRL's."""
 DEFAULT_GROUPS: tuple[GroupSize, ...] = (4, "all")
 
 SETTLED: Final[Mapping[str, tuple[str, ...]]] = {
-    "fft": ("ratio",),
+    "fft": ("ratio", "learning_rate", "beta"),
     "probe": ("groups",),
-    "mask_train": ("kind", "learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep"),
+    "mask_train": ("kind", "learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep", "beta"),
 }
 """Options, by recipe section, whose defaults depend on other options."""
 
@@ -60,25 +64,33 @@ PRESETS: Final[Mapping[PresetName, Preset]] = {
 }
 
 
-def fft_in_force(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+def fft_in_force(given: Mapping[str, Any], method: str, objective: Objective = "sft") -> dict[str, Any]:
     """Returns the effective values of the `fft` options in `SETTLED`.
 
     Args:
         given: The options that were set.
         method: The training method.
+        objective: What is minimised.
     """
     ratios = {"gmt": DEFAULT_UPDATE_RATIO, "random": DEFAULT_UPDATE_RATIO, "supertuning": DEFAULT_FROZEN_RATIO}
-    ratio = ratios.get(method) if given.get("support") is None else None
-    return _settled("fft", given, {"ratio": ratio})
+    in_force = {
+        "ratio": ratios.get(method) if given.get("support") is None else None,
+        "learning_rate": DEFAULT_RATES[objective],
+        "beta": _beta(objective),
+    }
+    return _settled("fft", given, in_force)
 
 
-def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: str) -> dict[str, Any]:
+def mask_train_in_force(
+    given: Mapping[str, Any], preset: PresetName, method: str, objective: Objective = "sft"
+) -> dict[str, Any]:
     """Returns the effective values of the `mask_train` options in `SETTLED`.
 
     Args:
         given: The options that were set.
         preset: The effective preset.
         method: The method that chooses the weights.
+        objective: What is minimised.
     """
     values, is_learned = PRESETS[preset], method == "learned"
     start: ScoreStart = given.get("start", values.start)
@@ -95,6 +107,7 @@ def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: st
         "ranking": values.ranking,
         "start": start,
         "keep": keep,
+        "beta": _beta(objective),
     }
     return _settled("mask_train", given, in_force)
 
@@ -111,6 +124,10 @@ def probe_in_force(given: Mapping[str, Any], preset: PresetName, *, is_fast: boo
     """
     sizes = PRESETS[preset].groups
     return _settled("probe", given, {"groups": tuple(size for size in sizes if not (is_fast and size == "all"))})
+
+
+def _beta(objective: Objective) -> float | None:
+    return DEFAULT_BETA if objective == "dpo" else None
 
 
 def _settled(section: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

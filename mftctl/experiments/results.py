@@ -130,6 +130,25 @@ class Score(Part):
 DecidingScore = Annotated[Score | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
+class Rewards(Part):
+    """Implicit rewards of preferences: beta times the change of an answer's log-probability.
+
+    Attributes:
+        chosen: Mean reward of the chosen answers.
+        rejected: Mean reward of the rejected answers.
+        accuracy: Share of records whose chosen answer has the higher reward.
+        margin: Mean reward of the chosen answers minus that of the rejected ones.
+    """
+
+    chosen: Measured
+    rejected: Measured
+    accuracy: Measured
+    margin: Measured
+
+
+KeptRewards = Annotated[Rewards | None, Field(default=None, exclude_if=lambda value: value is None)]
+
+
 class RetainedLosses(Part):
     """Loss on held-out records of another domain.
 
@@ -145,6 +164,21 @@ class RetainedLosses(Part):
 
 
 KeptRetained = Annotated[RetainedLosses | None, Field(default=None, exclude_if=lambda value: value is None)]
+
+
+class LearnedPreferences(Result):
+    """Validation of a training, with its rewards if it was trained on preferences."""
+
+    state: Name = ""
+    kept: str | None = None
+    best_loss: Measured | None = None
+    last_loss: Measured | None = None
+    rewards: KeptRewards
+
+    @property
+    def kept_loss(self) -> float | None:
+        """Validation loss of the model or mask that was kept."""
+        return self.last_loss if self.kept == "last" and self.last_loss is not None else self.best_loss
 
 
 class FftResult(Result):
@@ -168,6 +202,7 @@ class FftResult(Result):
         evaluations: Results of evaluations during training.
         peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
         retained: Losses on data of another domain, if there is any.
+        rewards: Rewards of the validation records under the kept model, if it was trained on preferences.
     """
 
     state: Name
@@ -187,6 +222,7 @@ class FftResult(Result):
     evaluations: list[MetricsLine]
     peak_memory_bytes: Count
     retained: KeptRetained
+    rewards: KeptRewards
 
 
 class PrefixReuse(Part):
@@ -526,6 +562,7 @@ class MeasuredMask(MaskTrainResult):
         retained: Losses on data of another domain, if there is any.
         tensor_ratios: With ratio auto, the share of weights removed from each tensor; None otherwise.
         projection_ratios: With ratio auto, that share by kind of projection, such as `q_proj`.
+        rewards: Rewards of the validation records with this mask, if it was trained on preferences.
     """
 
     unmasked_loss: Measured
@@ -549,6 +586,7 @@ class MeasuredMask(MaskTrainResult):
     retained: KeptRetained
     tensor_ratios: OwnRatios
     projection_ratios: OwnRatios
+    rewards: KeptRewards
 
 
 class DroppedMask(MaskTrainResult):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import product
@@ -74,6 +75,7 @@ class State:
         has_support: Whether a mask chose the weights that an adapter changes.
         values: Kind of the values of a delta file.
         is_rescaled: Whether a delta file multiplied the changes that it kept.
+        is_preference: Whether weights or a mask were trained on preferences.
     """
 
     kind: StateKind
@@ -86,6 +88,7 @@ class State:
     has_support: bool = False
     values: DeltaValues | None = None
     is_rescaled: bool = False
+    is_preference: bool = False
 
     @property
     def label(self) -> str:
@@ -99,7 +102,7 @@ class State:
 
     @property
     def is_plain_training(self) -> bool:
-        """True for fine-tuning on one loss, once or continued, and for averages and interpolations of its weights."""
+        """True for fine-tuning of all weights on one loss, and for averages and interpolations of its weights."""
         return not self.is_retaining and self.kind in (StateKind.FFT, StateKind.AVERAGED, StateKind.INTERPOLATED)
 
     @property
@@ -123,6 +126,22 @@ class State:
         return self.is_mft or self.kind is StateKind.MASKED
 
 
+_PRESETS: Final[Mapping[PresetName, str]] = {"paper": ", paper", "reference": ", reference", "default": ""}
+
+
+def _learned_masks(*, is_delta: bool) -> dict[State, str]:
+    """Labels of learned masks, first of those learned from answers."""
+    found: dict[State, str] = {}
+    for is_preference in (False, True):
+        name = "MFT" + (" delta" if is_delta else "") + (" DPO" if is_preference else "")
+        for preset, word in _PRESETS.items():
+            state = State(StateKind.MFT, preset=preset, is_delta=is_delta, is_preference=is_preference)
+            found[state] = name + word
+        state = State(StateKind.MFT_THRESHOLD, is_delta=is_delta, is_preference=is_preference)
+        found[state] = f"{name} threshold"
+    return found
+
+
 _TABLE: Final = {
     State(StateKind.PRE_TRAINED): "pre-trained",
     State(StateKind.UNKNOWN): "unknown origin",
@@ -131,6 +150,8 @@ _TABLE: Final = {
     State(StateKind.AVERAGED): "averaged",
     State(StateKind.INTERPOLATED): "interpolated",
     State(StateKind.FFT, is_retaining=True): "FFT retaining",
+    State(StateKind.FFT, is_preference=True): "DPO",
+    State(StateKind.FFT, is_continued=True, is_preference=True): "continued DPO",
     State(StateKind.LORA): "LoRA",
     State(StateKind.LORA, is_continued=True): "continued LoRA",
     State(StateKind.SHIRA): "SHiRA",
@@ -149,16 +170,10 @@ _TABLE: Final = {
     State(StateKind.RANDOM_MASK): "random mask",
     State(StateKind.L1_MASK): "L1 mask",
     State(StateKind.L1_ROW_MASK): "L1 row mask",
-    State(StateKind.MFT, preset="paper"): "MFT, paper",
-    State(StateKind.MFT, preset="reference"): "MFT, reference",
-    State(StateKind.MFT): "MFT",
-    State(StateKind.MFT_THRESHOLD): "MFT threshold",
+    **_learned_masks(is_delta=False),
     State(StateKind.RANDOM_MASK, is_delta=True): "random mask delta",
     State(StateKind.L1_MASK, is_delta=True): "L1 mask delta",
-    State(StateKind.MFT, preset="paper", is_delta=True): "MFT delta, paper",
-    State(StateKind.MFT, preset="reference", is_delta=True): "MFT delta, reference",
-    State(StateKind.MFT, is_delta=True): "MFT delta",
-    State(StateKind.MFT_THRESHOLD, is_delta=True): "MFT delta threshold",
+    **_learned_masks(is_delta=True),
     **{
         State(StateKind.DELTA, values=values, is_rescaled=is_rescaled): f"delta {values}{' rescaled' * is_rescaled}"
         for values in get_args(DeltaValues)
@@ -177,14 +192,24 @@ def _all_labels() -> dict[State, str]:
     labels = {**_TABLE, State(StateKind.WRITTEN): "written outputs"}
     exclusions = ((), ("embeddings",), ("head",), ("embeddings", "head"))
     flags = (False, True)
-    for kind, is_continued, is_global, is_retaining, excluded, has_support in product(
-        _TUNED.values(), flags, flags, flags, exclusions, flags
+    for kind, is_continued, is_global, is_retaining, is_preference, excluded, has_support in product(
+        _TUNED.values(), flags, flags, flags, flags, exclusions, flags
     ):
         words = ["continued"] if is_continued else []
-        words += [_TABLE[State(kind)], *(["on a mask"] if has_support else [])]
-        words += [*(["global"] if is_global else []), *(["retaining"] if is_retaining else [])]
+        words += [] if is_preference and kind is StateKind.FFT else [_TABLE[State(kind)]]
+        words += ["on a mask"] if has_support else []
+        words += [*(["global"] if is_global else []), *(["DPO"] if is_preference else [])]
+        words += ["retaining"] if is_retaining else []
         words += [f"excluding {', '.join(excluded)}"] if excluded else []
-        state = State(kind, is_continued, is_global, excluded, is_retaining=is_retaining, has_support=has_support)
+        state = State(
+            kind,
+            is_continued,
+            is_global,
+            excluded,
+            is_retaining=is_retaining,
+            is_preference=is_preference,
+            has_support=has_support,
+        )
         labels.setdefault(state, " ".join(words))
     return labels
 
@@ -227,15 +252,21 @@ _PLACES: Final = {label: place for place, label in enumerate(_TABLE.values())}
 def fine_tuned_state(source_state: str, options: FftOptions) -> str:
     """Returns the state after fine-tuning: FFT for a pre-trained model, continued FFT for a fine-tuned one.
 
-    Training with a `retain_weight` has its own label (FFT retaining), as it is no baseline for plain training.
+    Training with a `retain_weight` has its own label (FFT retaining), as it is no baseline for plain training. Training
+    on preferences is DPO, and continued DPO only after DPO.
     """
+    is_preference, before = options.objective == "dpo", known_state(source_state)
+    is_continued = source_state != PRE_TRAINED
+    if is_preference:
+        is_continued = before is not None and before.is_preference
     return State(
         _TUNED[options.method],
-        is_continued=source_state != PRE_TRAINED,
+        is_continued=is_continued,
         is_global=options.scope == "global",
         excluded=tuple(sorted(set(options.exclude))),
         is_retaining=options.retain_weight > 0,
         has_support=options.support is not None,
+        is_preference=is_preference,
     ).label
 
 
@@ -260,6 +291,7 @@ def _mask_state(options: MaskTrainOptions) -> State:
             kind = StateKind.L1_ROW_MASK if options.unit == "row" else StateKind.L1_MASK
             return State(kind, is_delta=is_delta)
         case "learned":
+            is_preference = options.objective == "dpo"
             if options.preset == "default" or options.threshold is None:
-                return State(StateKind.MFT, preset=options.preset, is_delta=is_delta)
-            return State(StateKind.MFT_THRESHOLD, is_delta=is_delta)
+                return State(StateKind.MFT, preset=options.preset, is_delta=is_delta, is_preference=is_preference)
+            return State(StateKind.MFT_THRESHOLD, is_delta=is_delta, is_preference=is_preference)

@@ -6,12 +6,15 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from mftctl.data.examples import RecordKind
 from mftctl.experiments.fft_checks import fft_problem
 from mftctl.experiments.presets import (
+    DEFAULT_RATES,
     PRESETS,
     Keep,
     LearnFrom,
     MaskKind,
+    Objective,
     PresetName,
     Ranking,
     ScoreStart,
@@ -39,6 +42,18 @@ Schedule = Literal["linear", "cosine", "constant", "wsd"]
 class TrainingOptions(Section):
     """Training settings shared by `fft` and `mask-train`."""
 
+    objective: Objective = Field(
+        "sft",
+        description="sft: the loss on answers; dpo: direct preference optimisation, on records of prompt, chosen and "
+        "rejected.",
+    )
+    beta: float | None = Field(
+        None, gt=0, description="dpo: how strongly the model is held to the one before training; 0.1 by default."
+    )
+    length_normalized: bool = Field(
+        False,
+        description="dpo: divide the log-probability of each answer by its number of tokens (TRL: sigmoid_norm).",
+    )
     data_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training data to use.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; overrides epochs.")
@@ -107,6 +122,23 @@ class TrainingOptions(Section):
     benchmark_limit: int = Field(
         100, gt=0, description="--benchmark-every: use only the first N problems or records of each."
     )
+
+    @model_validator(mode="after")
+    def _objective_has_its_options(self) -> Self:
+        if self.objective == "sft" and self.beta is not None:
+            raise ValueError("beta applies only to the objective dpo; the objective is sft")
+        if self.objective == "sft" and self.length_normalized:
+            raise ValueError("length_normalized applies only to the objective dpo; the objective is sft")
+        if self.objective == "dpo" and self.best_by == "exact_match":
+            raise ValueError(
+                "best_by: exact_match needs reference answers; with the objective dpo use loss or a benchmark"
+            )
+        return self
+
+    @property
+    def record_kind(self) -> RecordKind:
+        """Kind of the training and validation records."""
+        return "preferences" if self.objective == "dpo" else "answers"
 
     @model_validator(mode="after")
     def _horizons_differ(self) -> Self:
@@ -187,7 +219,9 @@ class FftOptions(TrainingOptions):
         False,
         description="Weights, gradients and moments in stochastically rounded bf16: 8 bytes per weight, not 16.",
     )
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        DEFAULT_RATES["sft"], gt=0, description="Peak learning rate; 1e-6 by default for the objective dpo."
+    )
     keep: Literal["best", "last"] = Field(
         "best", description="Checkpoint to keep. best: the one with the lowest validation loss."
     )
@@ -210,7 +244,7 @@ class FftOptions(TrainingOptions):
     @model_validator(mode="after")
     def _settle(self) -> FftOptions:
         """Fills in options left unset, without marking them as given."""
-        self.__dict__.update(fft_in_force(self.given(), self.method))
+        self.__dict__.update(fft_in_force(self.given(), self.method, self.objective))
         return self
 
     @property
@@ -360,6 +394,7 @@ class MaskTrainOptions(TrainingOptions):
             "average": self.average != "none",
             "best_by": self.best_by != "loss",
             "retain_weight": self.retain_weight,
+            "objective": self.objective != "sft",
         }
         if self.method != "learned" and any(given.values()):
             key = next(name for name, is_given in given.items() if is_given)
@@ -388,6 +423,8 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("mask_train.ratio: auto estimates the effect of zeros; it applies only to kind weight")
         if self.unit == "row":
             raise ValueError("mask_train.ratio: auto counts single weights; it does not apply to unit: row")
+        if self.objective == "dpo":
+            raise ValueError("mask_train.ratio: auto estimates the loss of answers; it does not apply to objective dpo")
         return self
 
     @model_validator(mode="after")
@@ -420,7 +457,7 @@ class MaskTrainOptions(TrainingOptions):
     @model_validator(mode="after")
     def _settle(self) -> MaskTrainOptions:
         """Fills in options left unset, without marking them as given."""
-        self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method))
+        self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method, self.objective))
         return self
 
     @model_validator(mode="after")

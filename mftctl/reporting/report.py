@@ -28,6 +28,7 @@ from mftctl.reporting.figures.sweeps import sweep_figures
 from mftctl.reporting.frontier import Frontier, frontiers
 from mftctl.reporting.next_step import Advice, next_step
 from mftctl.reporting.overview import Overview, overviews
+from mftctl.reporting.preferences import PreferenceRow, preference_rows
 from mftctl.reporting.reproduction import reproduction
 from mftctl.reporting.state_tables import MetricTable, Row, metric_tables
 
@@ -70,6 +71,7 @@ class Report:
         tables: One table per model, dataset and metric.
         overviews: Methods by benchmark.
         frontiers: What each state learned against what it kept.
+        preferences: The validation of each training on preferences.
         efficiency: Training costs.
         figures: The figures that have data.
         answers: The answers that each state changed.
@@ -83,6 +85,7 @@ class Report:
     tables: tuple[MetricTable, ...]
     overviews: tuple[Overview, ...]
     frontiers: tuple[Frontier, ...]
+    preferences: tuple[PreferenceRow, ...]
     efficiency: tuple[Efficiency, ...]
     figures: tuple[Figure, ...]
     answers: tuple[AnswerChanges, ...]
@@ -107,6 +110,7 @@ def make_report(root: Path, listener: Listener) -> Report:
     compared, left_out = metric_tables(runs, listener)
     tables = [_with_flags(table, by_name) for table in compared]
     efficiency, untimed = efficiencies(runs)
+    preferences = preference_rows(runs)
     figures, undrawn = _figures(tables, runs, listener)
     answers, unread = answer_changes(runs)
     problems = [*(told(error, str(error.path)) for error in errors), *left_out, *untimed, *undrawn, *unread]
@@ -121,6 +125,7 @@ def make_report(root: Path, listener: Listener) -> Report:
         )
     named = [name for table in tables for row in table.rows for name in row.runs]
     named += [name for item in efficiency for name in item.runs]
+    named += [name for row in preferences for name in row.runs]
     named += [name for figure in figures for name in figure.runs]
     sources, irreproducible = _sources(_with_makers(named, runs, by_name))
     return Report(
@@ -128,6 +133,7 @@ def make_report(root: Path, listener: Listener) -> Report:
         tables=tuple(tables),
         overviews=tuple(overviews(tables)),
         frontiers=tuple(frontiers(tables)[0]),
+        preferences=tuple(preferences),
         efficiency=tuple(efficiency),
         figures=tuple(figures),
         answers=tuple(answers),

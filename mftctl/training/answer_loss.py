@@ -28,20 +28,38 @@ def answer_loss(
             every record has equal weight.
         shares: From `record_shares`, for a mean over records; with None, every token has equal weight.
     """
-    logits, others = outputs.logits, getattr(outputs, "loss", None)
-    if others is not None:
-        chosen, tokens = logits[0], tokens[: logits.shape[1]]
-    else:
-        # The last position of a record predicts nothing, so there are always more logits when all positions are given.
-        chosen = logits[0] if logits.shape[:2] == (1, len(positions)) else logits.flatten(0, 1)[positions]
     if shares is None:
-        total: torch.Tensor = F.cross_entropy(chosen.float(), tokens, reduction="sum")
+        logits, shown, others = _shown(outputs, positions, tokens)
+        total: torch.Tensor = F.cross_entropy(logits, shown, reduction="sum")
         loss: torch.Tensor = (total if others is None else total + others.sum()) / answer_tokens
         return loss
-    losses = F.cross_entropy(chosen.float(), tokens, reduction="none")
-    losses = losses if others is None else torch.cat([losses, others])
-    mean: torch.Tensor = (losses * shares).sum() / answer_tokens
+    mean: torch.Tensor = (token_losses(outputs, positions, tokens) * shares).sum() / answer_tokens
     return mean
+
+
+def token_losses(outputs: Any, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each answer token, fp32 `(answer tokens,)`.
+
+    Args:
+        outputs: The model's output, as for `answer_loss`.
+        positions: From `answer_positions`.
+        tokens: From `answer_positions`.
+    """
+    logits, shown, others = _shown(outputs, positions, tokens)
+    losses = F.cross_entropy(logits, shown, reduction="none")
+    return losses if others is None else torch.cat([losses, others])
+
+
+def _shown(
+    outputs: Any, positions: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The logits in an output in fp32, the tokens predicted there, and the losses of the other tokens, if any."""
+    logits, others = outputs.logits, getattr(outputs, "loss", None)
+    if others is not None:
+        return logits[0].float(), tokens[: logits.shape[1]], others
+    # The last position of a record predicts nothing, so there are always more logits when all positions are given.
+    chosen = logits[0] if logits.shape[:2] == (1, len(positions)) else logits.flatten(0, 1)[positions]
+    return chosen.float(), tokens, None
 
 
 def record_shares(labels: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mftctl.experiments.results import Score
+from mftctl.experiments.results import Rewards, Score
 
 RANK = "rank"
 """Metric that selects the best step; lower is better."""
@@ -19,15 +19,17 @@ class Candidate:
 
     Attributes:
         horizon: Horizon of the average; None for the trained values themselves.
-        loss: Validation loss per answer token.
+        loss: Validation loss per answer token, or per preference.
         score: The score that decides; None if the loss does.
         retained_loss: Loss on data of another domain; None without such data.
+        rewards: Rewards of the validation records; None if they are no preferences.
     """
 
     horizon: float | None
     loss: float
     score: Score | None = None
     retained_loss: float | None = None
+    rewards: Rewards | None = None
 
     @property
     def rank(self) -> float:
@@ -59,6 +61,10 @@ def log_entry(candidates: Sequence[Candidate]) -> dict[str, Any]:
         entry["retained_loss"] = current.retained_loss
         retained = {str(one.horizon): one.retained_loss for one in averages}
         entry |= {"average_retained_losses": retained} if retained else {}
+    if current.rewards is not None:
+        entry["rewards"] = current.rewards.document()
+        rewards = {str(one.horizon): one.rewards.document() for one in averages if one.rewards is not None}
+        entry |= {"average_rewards": rewards} if rewards else {}
     if current.score is not None:
         entry["score"] = current.score.document()
         scores = {str(one.horizon): one.score.document() for one in averages if one.score is not None}
@@ -71,12 +77,14 @@ def logged_candidates(entry: dict[str, Any]) -> list[Candidate]:
     scores = {None: entry.get("score"), **entry.get("average_scores", {})}
     losses = {None: entry["eval_loss"], **entry.get("average_losses", {})}
     retained = {None: entry.get("retained_loss"), **entry.get("average_retained_losses", {})}
+    rewards = {None: entry.get("rewards"), **entry.get("average_rewards", {})}
     return [
         Candidate(
             None if key is None else float(key),
             loss,
             None if (score := scores.get(key)) is None else Score.read(score),
             retained.get(key),
+            None if (found := rewards.get(key)) is None else Rewards.read(found),
         )
         for key, loss in losses.items()
     ]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded
-from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.evaluation.losses import RecordLoss, mean_loss
 from mftctl.evaluation.statistics import paired_difference
 from mftctl.experiments.results import Confirmation
 from mftctl.experiments.training_options import MaskTrainOptions
@@ -23,6 +23,7 @@ from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener, Progress
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.mask_search import MaskSearch
+from mftctl.training.objectives import SFT, Objective
 
 _T = TypeVar("_T")
 _FEWEST_CONFIRMING = 4
@@ -52,13 +53,14 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: Seque
         records: At least two records.
     """
     inputs = replace(search.inputs, validation=records)
-    before = validation_losses(search.model, inputs, search.listener)
+    objective = search.objective
+    before = validation_losses(search.model, inputs, search.listener, objective)
     with masked(search.targets, keep, search.base):
-        after = validation_losses(search.model, inputs, search.listener)
+        after = validation_losses(search.model, inputs, search.listener, objective)
     return compare(before, after, search.listener)
 
 
-def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener: Listener) -> Confirmation:
+def compare(before: Sequence[RecordLoss], after: Sequence[RecordLoss], listener: Listener) -> Confirmation:
     """Compares the losses of the same records without and with a mask, with the paired 95 % interval.
 
     Args:
@@ -68,13 +70,13 @@ def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener:
     """
     change = paired_difference(
         np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
-        np.array([float(loss.answer_tokens) for loss in before]),
+        np.array([float(loss.weight) for loss in before]),
     )
     confirmed = change.high < 0
     if not confirmed:
         listener.warn(
             f"The {len(before)} validation records not used to select the mask do not confirm it: "
-            f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
+            f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] in the loss."
         )
     return Confirmation(
         records=len(before),
@@ -115,17 +117,20 @@ def masked(
             weight[gone] = values
 
 
-def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
-    """The model's current loss per answer token on the validation data."""
-    return mean_loss(validation_losses(model, inputs, listener))
+def validation_loss(
+    model: PreTrainedModel, inputs: TrainingInputs, listener: Listener, objective: Objective = SFT
+) -> float:
+    """The model's current loss on the validation data, per answer token or per preference."""
+    return mean_loss(validation_losses(model, inputs, listener, objective))
 
 
-def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> list[SampleLoss]:
+def validation_losses(
+    model: PreTrainedModel, inputs: TrainingInputs, listener: Listener, objective: Objective = SFT
+) -> Sequence[RecordLoss]:
     """The model's current loss on each validation record."""
-    return sample_losses(
+    return objective.measure(
         model,
         inputs.validation,
         pad_token_id=pad_token_id(inputs.tokenizer),
         on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
-        together=True,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.encoding import Encoded
-from mftctl.data.examples import Example
+from mftctl.data.examples import Example, RecordKind
 from mftctl.data.prepared.examples import Examples, data_digest
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import PreparedRecords, answer_lengths, encode_prepared, token_lengths
@@ -127,6 +127,7 @@ def prepare_training(
     seen: np.ndarray | None = None,
     learn_from: LearnFrom = "all",
     retain_weight: float | None = None,
+    kind: RecordKind = "answers",
     now: datetime | None = None,
     listener: Listener | None = None,
 ) -> TrainingInputs:
@@ -141,6 +142,7 @@ def prepare_training(
         seen: Digests of the records that the model was fine-tuned on, uint64; None for none.
         learn_from: How to treat those records; see `records_to_learn_from`.
         retain_weight: Weight of the divergence on the recipe's retained data; None if the command does not use it.
+        kind: Kind of the training and validation records.
         now: The current time as seen by a chat template; by default the clock's.
         listener: Receives notes and warnings about the records.
 
@@ -157,7 +159,7 @@ def prepare_training(
     encoder = load_encoder(checkpoint, recipe, now)
     check = check_checkpoint(checkpoint, encoder.tokenizer)
     tell_remarks(check, listener)
-    parts = split_examples(recipe, listener)
+    parts = split_examples(recipe, listener, kind)
     chosen = parts.train if seen is None else records_to_learn_from(parts.train, seen, learn_from)
     left_out = len(parts.train) - len(chosen)
     chosen = sample_fraction(chosen, data_fraction, recipe.seed) if data_fraction < 1 else chosen
@@ -212,17 +214,24 @@ def _settle(
     require_records("Validation data", validation.records, parts.validation_issues, max_length_tokens)
 
 
-def split_examples(recipe: Recipe, listener: Listener) -> Parts:
+def split_examples(recipe: Recipe, listener: Listener, kind: RecordKind = "answers") -> Parts:
     """The training and validation records of a recipe; unreadable records are listed in the issues.
 
+    Args:
+        recipe: Names the data, the split and the seed.
+        listener: Receives progress updates and notes on the cache.
+        kind: Kind of the records.
+
     Raises:
-        DataError: A file cannot be used, or there are too few records to split.
+        DataError: A file cannot be used, has records of another kind, or there are too few records to split.
     """
     issues = RecordIssues()
-    train = load_examples(recipe.data, seed=recipe.seed, issues=issues, listener=listener)
+    train = load_examples(recipe.data, seed=recipe.seed, issues=issues, listener=listener, kind=kind)
     if recipe.val_data:
         of_validation = RecordIssues()
-        validation = load_examples(recipe.val_data, seed=recipe.seed, issues=of_validation, listener=listener)
+        validation = load_examples(
+            recipe.val_data, seed=recipe.seed, issues=of_validation, listener=listener, kind=kind
+        )
         return Parts(train, validation, issues, of_validation)
     try:
         kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)

@@ -71,6 +71,7 @@ def _train(search: MaskSearch) -> FoundMask:
         removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
         trainer.known_start_loss = search.unmasked_loss if removes_none else None
         trainer.known_start_score = search.unmasked_score
+        trainer.known_start_rewards = search.unmasked_rewards
         trainer.unmasked_retained_loss = search.unmasked_retained_loss
     with stop_on_signal(search.listener) as stop:
         train(
@@ -114,6 +115,7 @@ def _train(search: MaskSearch) -> FoundMask:
         search.unmasked_score,
         kept.score,
         _retained_losses(search, trainer.unmasked_retained_loss, kept.retained_loss),
+        kept.rewards,
     )
 
 
@@ -143,7 +145,7 @@ def _trainer(search: MaskSearch) -> ScoreTrainer:
     trainer.keep_averages(options, start.steps)
     trainer.scores = search.scores
     trainer.retention = search.retention
-    trainer.averages_records = options.averages_records
+    trainer.objective = search.objective
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
     trainer.rows = None if search.weights is None else _start_rows(search)

@@ -26,12 +26,12 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessRecords, pad_token_id
+from mftctl.data.batching import REFERENCE, LengthGroupedSampler, PaddingCollator, ProcessRecords, pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
-from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.evaluation.losses import RecordLoss, mean_loss
 from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.regular import read_regular
@@ -43,10 +43,11 @@ from mftctl.runtime.processes import is_first, timeout_seconds, world_size
 from mftctl.runtime.stop_request import StopRequest
 from mftctl.runtime.torch_failures import gpu_failures, reason_of
 from mftctl.text import first_line
-from mftctl.training.answer_loss import answer_loss, record_shares
+from mftctl.training.answer_loss import answer_loss
 from mftctl.training.candidates import RANK, Candidate, best_candidate, log_entry
+from mftctl.training.objectives import AnswerBatch
 from mftctl.training.retaining_trainer import RetainingTrainer
-from mftctl.training.schedule import accumulation, decay_steps, records_per_step, warmup_steps
+from mftctl.training.schedule import accumulation, decay_steps, records_per_step, sequences_of_a_record, warmup_steps
 from mftctl.training.stopping import EndedBefore, NoStepTooMany
 from mftctl.training.token_batches import StepSize
 from mftctl.training.watch import TrainingWatch
@@ -154,11 +155,12 @@ def step_size(options: TrainingOptions) -> StepSize | None:
     """The size of a step with a token budget; None without one."""
     if options.batch_tokens is None:
         return None
-    return StepSize(records_per_step(options, world_size()), options.batch_tokens)
+    tokens = max(options.batch_tokens // sequences_of_a_record(options), 1)
+    return StepSize(records_per_step(options, world_size()), tokens)
 
 
 class SftTrainer(RetainingTrainer):
-    """A Trainer for answer tokens: exact token-mean losses, a record order that depends only on the seed, no printing.
+    """A Trainer for answer tokens: exact means over a step, a record order that depends only on the seed, no printing.
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
@@ -201,11 +203,11 @@ class SftTrainer(RetainingTrainer):
     ) -> Any:
         """The loss of a micro-batch; its gradient is averaged over processes afterwards."""
         labels = inputs.pop("labels")
-        positions, tokens = answer_positions(labels)
-        shares = record_shares(labels) if self.averages_records else None
-        with logits_only_at(self.accelerator.unwrap_model(model), positions, tokens, self.listener.warn):
+        batch = AnswerBatch(labels, *answer_positions(labels), inputs.pop(REFERENCE, None))
+        plain = self.accelerator.unwrap_model(model)
+        with logits_only_at(plain, batch.positions, batch.tokens, self.listener.warn):
             outputs = model(**inputs, use_cache=False)
-        loss = answer_loss(outputs, positions, tokens, num_items_in_batch, shares) * self.accelerator.num_processes
+        loss = self.objective.loss(outputs, batch, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -233,21 +235,24 @@ class SftTrainer(RetainingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation loss per answer token over the whole validation set, weighted by tokens, not by batches."""
+        """The validation loss over all records, weighted by answer tokens or preferences, not by batches."""
         return self._record(self.measure_candidates(self._measured), metric_key_prefix)
 
     def _measured(self, horizon: float | None) -> Candidate:
         """Measures the model as it is; the horizon says which average it holds."""
         model = self.accelerator.unwrap_model(self.model)
-        losses = sample_losses(
-            model,
-            self.validation,
+        losses = self.record_losses(self.validation)
+        score = None if self.scores is None else self.scores.score(model, self.state.global_step, horizon)
+        return Candidate(horizon, mean_loss(losses), score, self.retained_loss(), self.objective.rewards(losses))
+
+    def record_losses(self, records: Sequence[Encoded]) -> Sequence[RecordLoss]:
+        """The loss of each record with the model as it is; must be called in all processes at once."""
+        return self.objective.measure(
+            self.accelerator.unwrap_model(self.model),
+            records,
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
-            together=True,
         )
-        score = None if self.scores is None else self.scores.score(model, self.state.global_step, horizon)
-        return Candidate(horizon, mean_loss(losses), score, self.retained_loss())
 
     def _record(self, candidates: Sequence[Candidate], metric_key_prefix: str) -> dict[str, float]:
         """Passes what was measured to the log and the callbacks, and returns it as metrics."""
@@ -261,6 +266,11 @@ class SftTrainer(RetainingTrainer):
             before = None if before_step is None else self.candidate_at(before_step)
             entry |= self.scores.change(best, self.state.global_step, before, before_step or 0)
         self.log(entry)
+        if (rewards := candidates[0].rewards) is not None:
+            self.listener.note(
+                f"Step {self.state.global_step}: validation loss {candidates[0].loss:.4f}, "
+                f"reward accuracy {rewards.accuracy:.1%}, margin {rewards.margin:+.4f}"
+            )
         metrics[f"{metric_key_prefix}_{RANK}"] = best.rank
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

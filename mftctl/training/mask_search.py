@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded
 from mftctl.data.seen_records import seen_records
-from mftctl.evaluation.losses import SampleLoss
+from mftctl.evaluation.losses import RecordLoss
 from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import Flips, RetainedLosses, Score
+from mftctl.experiments.results import Flips, RetainedLosses, Rewards, Score
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_folder import TrainingFolder
@@ -27,6 +27,7 @@ from mftctl.runtime.devices import frozen_dtype
 from mftctl.runtime.processes import world_size
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import InterimEvaluation
+from mftctl.training.objectives import Objective, objective_of
 from mftctl.training.retention import Retention
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.score_start import ScoreStart, score_start
@@ -57,6 +58,7 @@ class MaskSearch:
         retention: Measures data of another domain; None without such data.
         unmasked_retained_loss: Loss of the unmasked model on that data; None for a model without values.
         ratios: With ratio auto, the ratio of each target, by name; otherwise empty.
+        unmasked_rewards: Rewards of preferences under the unmasked model; None for single answers.
     """
 
     model: PreTrainedModel
@@ -77,6 +79,7 @@ class MaskSearch:
     base: Mapping[str, torch.Tensor] | None = None
     retention: Retention | None = None
     unmasked_retained_loss: float | None = None
+    unmasked_rewards: Rewards | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
 
     def ratio_of(self, target: MaskTarget) -> float | None:
@@ -86,6 +89,11 @@ class MaskSearch:
     def base_of(self, target: MaskTarget) -> torch.Tensor | None:
         """The target's weight before fine-tuning; None for a weight mask."""
         return None if self.base is None else self.base[target.name]
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return objective_of(self.options)
 
     @property
     def start(self) -> ScoreStart:
@@ -124,7 +132,7 @@ class FoundMask:
 
     Attributes:
         keep: Bool keep mask of each target, by module name, on the CPU.
-        unmasked_loss: Validation loss per answer token without a mask.
+        unmasked_loss: Validation loss per answer token, or per preference, without a mask.
         start_loss: Validation loss with the mask of the initial scores.
         best_loss: Validation loss with this mask, which is the best one unless the last was to be kept.
         best_step: The optimizer step at which it was found; 0 is the start.
@@ -137,6 +145,7 @@ class FoundMask:
         unmasked_score: The score without a mask; None if the loss decides.
         best_score: The score with this mask.
         retained: Losses on data of another domain; None without such data.
+        rewards: Rewards of preferences with this mask; None for single answers.
     """
 
     keep: dict[str, torch.Tensor]
@@ -148,11 +157,12 @@ class FoundMask:
     tokens: int = 0
     learning_rate: float | None = None
     flips: Flips | None = None
-    confirming: tuple[list[SampleLoss], list[SampleLoss]] | None = None
+    confirming: tuple[Sequence[RecordLoss], Sequence[RecordLoss]] | None = None
     kept_average: float | None = None
     unmasked_score: Score | None = None
     best_score: Score | None = None
     retained: RetainedLosses | None = None
+    rewards: Rewards | None = None
 
     @property
     def helps(self) -> bool:
@@ -211,6 +221,7 @@ def prepare_mask_training(
         seen=seen_records(run.folder.parent, source.parents),
         learn_from=options.learn_from,
         retain_weight=retain_weight,
+        kind=options.record_kind,
         now=run.started,
         listener=listener,
     )

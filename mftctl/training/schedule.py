@@ -73,7 +73,13 @@ def micro_batch_records(options: TrainingOptions, longest_tokens: int) -> int:
     """
     if options.batch_tokens is None:
         return options.batch_size
-    return min(max(options.batch_tokens // longest_tokens, 1), records_per_step(options))
+    at_once = options.batch_tokens // (longest_tokens * sequences_of_a_record(options))
+    return min(max(at_once, 1), records_per_step(options))
+
+
+def sequences_of_a_record(options: TrainingOptions) -> int:
+    """The number of sequences that a record gives: two for a preference, one with each answer."""
+    return 2 if options.objective == "dpo" else 1
 
 
 def smaller_batch_sizes(options: TrainingOptions) -> list[int]:

@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
-from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
-from mftctl.experiments.results import Score
+from mftctl.evaluation.losses import RecordLoss, mean_loss
+from mftctl.experiments.results import Rewards, Score
 from mftctl.masking.experts import MaskedPart
 from mftctl.masking.full_tensor import whole, whole_shape
 from mftctl.masking.layers import MaskedLinear, masked_layers, share_weights, unmasked
 from mftctl.masking.mask_file.codecs import Packed, count_kept, pack, unpack
-from mftctl.progress import Progress
 from mftctl.training.candidates import RANK, Candidate
 from mftctl.training.loop import SftTrainer
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
@@ -38,6 +37,7 @@ class ScoreTrainer(SftTrainer):
         epsilon: Epsilon of AdamW.
         known_start_loss: The validation loss of the initial scores; None if it has yet to be measured.
         known_start_score: The score with them, if a score decides and the loss is known.
+        known_start_rewards: The rewards with them, if the records are preferences and the loss is known.
         low_memory: Whether scores and moments are kept in bf16 and no masked weights are cached.
         counted: The mask of each module at the last validation, as packed bits.
         start_masks: The masks of the initial scores; for a model without values, known once training has begun.
@@ -46,13 +46,14 @@ class ScoreTrainer(SftTrainer):
     """
 
     start_masks: dict[str, Packed]
-    unmasked_losses: Sequence[SampleLoss] = ()
+    unmasked_losses: Sequence[RecordLoss] = ()
     unmasked_retained_loss: float | None = None
 
     learning_rates: Mapping[str, float]
     epsilon: float
     known_start_loss: float | None
     known_start_score: Score | None = None
+    known_start_rewards: Rewards | None = None
     low_memory: bool
     counted: dict[str, Packed]
 
@@ -101,17 +102,10 @@ class ScoreTrainer(SftTrainer):
             )
             self.known_start_loss = mean_loss(self.unmasked_losses) if all(kept) else None
 
-    def losses(self, records: Sequence[Encoded], *, masked: bool) -> list[SampleLoss]:
+    def losses(self, records: Sequence[Encoded], *, masked: bool) -> Sequence[RecordLoss]:
         """The loss of each record with the current masks or without any; must be called in all processes at once."""
-        model = self.accelerator.unwrap_model(self.model)
-        with nullcontext() if masked else unmasked(model):
-            return sample_losses(
-                model,
-                records,
-                pad_token_id=self._padding,
-                on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
-                together=True,
-            )
+        with nullcontext() if masked else unmasked(self.accelerator.unwrap_model(self.model)):
+            return self.record_losses(records)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -131,7 +125,13 @@ class ScoreTrainer(SftTrainer):
         if self.known_start_loss is None:
             metrics = super().evaluate(metric_key_prefix=metric_key_prefix)
         else:
-            start = Candidate(None, self.known_start_loss, self.known_start_score, self.unmasked_retained_loss)
+            start = Candidate(
+                None,
+                self.known_start_loss,
+                self.known_start_score,
+                self.unmasked_retained_loss,
+                self.known_start_rewards,
+            )
             metrics = self._record([start], metric_key_prefix)
         self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_{RANK}"], 0
         return metrics

@@ -7,12 +7,11 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessBatches, ProcessRecords
-from mftctl.data.examples import IGNORED_LABEL
 from mftctl.runtime.processes import rank, world_size
+from mftctl.training.objectives import SFT, Objective
 from mftctl.training.sharding.sharded_trainer import ShardedTrainer
 from mftctl.training.token_batches import MICRO_BATCHES, StepBatches, StepCollator, StepRecords, StepSize
 
@@ -25,13 +24,12 @@ class StepTrainer(ShardedTrainer):
     Attributes:
         sampler: The order of the records.
         step_size: The step size with a token budget; None if the arguments' batch size and accumulation apply.
-        averages_records: Whether the loss of a step is the mean over its records of each record's mean over answer
-            tokens, instead of the mean over all answer tokens.
+        objective: What is minimised.
     """
 
     sampler: LengthGroupedSampler
     step_size: StepSize | None = None
-    averages_records = False
+    objective: Objective = SFT
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches that over all processes equal those of a single process, or whole steps with a token budget."""
@@ -73,8 +71,7 @@ class StepTrainer(ShardedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         flat = [batch for step in batch_samples for batch in step.get(MICRO_BATCHES, [step])]
-        if self.averages_records:
-            flat = [{"labels": _one_for_each(batch["labels"])} for batch in flat]
+        flat = [{"labels": self.objective.counted(batch["labels"])} for batch in flat]
         return super()._get_num_items_in_batch(flat, device)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -83,9 +80,3 @@ class StepTrainer(ShardedTrainer):
             masks = [batch["attention_mask"].flatten() for batch in inputs[MICRO_BATCHES]]
             inputs = {"input_ids": None, "attention_mask": torch.cat(masks)}
         super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
-
-
-def _one_for_each(labels: torch.Tensor) -> torch.Tensor:
-    """Labels `(records, 2)` with one answer token per record that has any, so that records are counted."""
-    answers = labels[:, 1:].ne(IGNORED_LABEL).any(dim=1, keepdim=True)
-    return F.pad(torch.where(answers, 0, IGNORED_LABEL), (1, 0), value=IGNORED_LABEL)

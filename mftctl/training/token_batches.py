@@ -23,7 +23,7 @@ class StepSize:
 
     Attributes:
         records: Records per step, over all processes.
-        batch_tokens: Maximum tokens per forward pass, padding included.
+        batch_tokens: Maximum tokens per forward pass, padding included; of preferences, in the chosen sequences.
     """
 
     records: int

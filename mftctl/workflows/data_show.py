@@ -22,7 +22,7 @@ from mftctl.experiments.record_encoding import added_system_text, load_model_enc
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.progress import Listener
 from mftctl.workflows.planning.problem_list import describe
-from mftctl.workflows.planning.training_data import trained_segments
+from mftctl.workflows.planning.training_data import rejected_segments, trained_segments
 
 FIRST_RECORDS = 3
 """Records shown if none are chosen."""
@@ -41,7 +41,9 @@ class ShownRecord:
         answer_tokens: Number of those trained on.
         cut_tokens: Number of tokens beyond the maximum length.
         remarks: What else is changed or not trained on.
-        segments: The text of the tokens that are used, split where labels begin and end.
+        segments: The text of the tokens that are used, split where labels begin and end; of a preference, with the
+            chosen answer.
+        rejected: The rejected answer of a preference, split in the same way.
     """
 
     index: int
@@ -53,6 +55,7 @@ class ShownRecord:
     cut_tokens: int = 0
     remarks: tuple[str, ...] = ()
     segments: tuple[Segment, ...] = ()
+    rejected: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ class _Part:
     """The records of a source in the order of its files, with the errors of those that cannot be read among them."""
 
     def __init__(self, source: DataSource, seed: int, issues: RecordIssues, listener: Listener) -> None:
-        self._examples = load_examples([source], seed=seed, issues=issues, listener=listener)
+        self._examples = load_examples([source], seed=seed, issues=issues, listener=listener, kind=None)
         [table] = self._examples.tables
         self._refused = table.refused()
         numbers = [*table.numbers[self._examples.rows], *(item.number for item in table.summary.refused)]
@@ -169,7 +172,7 @@ def _shown(
             yield ShownRecord(index, str(record.path), "refused", _reason(record))
             continue
         [outcome], [whole] = (encoder.encode_batch([record], length) for length in (max_length_tokens, sys.maxsize))
-        total = len(whole.input_ids) if isinstance(whole, Encoded) else 0
+        total = whole.tokens if isinstance(whole, Encoded) else 0
         if isinstance(outcome, DataError):
             is_long = isinstance(outcome, PromptTooLongError)
             yield ShownRecord(
@@ -181,11 +184,12 @@ def _shown(
             record.where,
             "used",
             None,
-            len(outcome.input_ids),
+            outcome.tokens,
             outcome.answer_tokens,
-            total - len(outcome.input_ids),
+            total - outcome.tokens,
             tuple(text for remark, text in REMARK_TEXTS.items() if remark in outcome.remarks),
             tuple(trained_segments(outcome, encoder.tokenizer)),
+            tuple(rejected_segments(outcome, encoder.tokenizer)),
         )
 
 

@@ -14,7 +14,7 @@ from mftctl.data.encoding import Encoder
 from mftctl.data.overlap import Matches, parsed, question_keys, repeated, shared
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.prepared.load import load_examples
-from mftctl.data.prepared.records import Records, encode_prepared
+from mftctl.data.prepared.records import Records, Side, encode_prepared
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.retained import split_retained
 from mftctl.data.splits import split_validation
@@ -116,6 +116,21 @@ class TokenStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PreferenceStats:
+    """The lengths of the answers of preferences in tokens, before truncation.
+
+    Attributes:
+        records: Number of preferences.
+        chosen: Lengths of the chosen answers.
+        rejected: Lengths of the rejected answers.
+    """
+
+    records: int
+    chosen: Lengths
+    rejected: Lengths
+
+
+@dataclass(frozen=True, slots=True)
 class PartStats:
     """The statistics of a part of the data.
 
@@ -128,6 +143,7 @@ class PartStats:
         same_content: Records with the content of an earlier one.
         same_prompt: Records with the prompt of an earlier one.
         tokens: The tokens; None without a model.
+        preferences: The answers of preferences; None without any, or without a model.
     """
 
     part: str
@@ -137,6 +153,7 @@ class PartStats:
     same_content: Found
     same_prompt: Found
     tokens: TokenStats | None
+    preferences: PreferenceStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +233,8 @@ def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
     for name, sources in (("train", recipe.data), ("validation", recipe.val_data), ("test", recipe.test_data)):
         if sources:
             issues = RecordIssues()
-            read.append((name, load_examples(sources, seed=recipe.seed, issues=issues, listener=listener), issues))
+            examples = load_examples(sources, seed=recipe.seed, issues=issues, listener=listener, kind=None)
+            read.append((name, examples, issues))
     if recipe.data and not recipe.val_data:
         name, examples, issues = read[0]
         try:
@@ -234,11 +252,11 @@ def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
 
 
 def _part_stats(part: _Part, encoder: Encoder | None, max_length_tokens: int, listener: Listener) -> PartStats:
-    tokens = None
+    tokens = preferences = None
     if encoder is not None:
         # Whole, so that lengths beyond the maximum are known and another maximum needs no other preparation.
         whole = encode_prepared(part.examples, encoder, sys.maxsize, part.issues, listener)
-        tokens = _token_stats(whole.records, max_length_tokens)
+        tokens, preferences = _token_stats(whole.records, max_length_tokens), _preference_stats(whole.records)
     refused = part.issues.refused
     return PartStats(
         part.name,
@@ -248,25 +266,41 @@ def _part_stats(part: _Part, encoder: Encoder | None, max_length_tokens: int, li
         _found(repeated(part.examples.digests), part.examples, part.examples),
         _found(repeated(part.questions), part.examples, part.examples),
         tokens,
+        preferences,
     )
 
 
 def _token_stats(records: Records, max_length_tokens: int) -> TokenStats:
     lengths = np.array(records.lengths_tokens, np.int64)
+    sides: tuple[Side, ...] = ("chosen", "rejected")
+    has_rejected = records.side_lengths("rejected") > 0
     # Nothing precedes the first token, so it is not learned.
-    is_overlong = (lengths > max_length_tokens) & (records.answer_tokens_between(1, max_length_tokens) == 0)
+    is_cut_away = [records.answer_tokens_between(1, max_length_tokens, side) == 0 for side in sides]
+    is_overlong = (lengths > max_length_tokens) & (is_cut_away[0] | (has_rejected & is_cut_away[1]))
     is_truncated = (lengths > max_length_tokens) & ~is_overlong
-    used = np.where(is_overlong, 0, np.minimum(lengths, max_length_tokens))
+    used = sum(np.where(is_overlong, 0, np.minimum(records.side_lengths(side), max_length_tokens)) for side in sides)
+    learned = sum(records.answer_tokens_between(0, max_length_tokens, side) for side in sides)
     truncated = int(is_truncated.sum())
     return TokenStats(
-        int(used.sum()),
-        int(records.answer_tokens_between(0, max_length_tokens)[~is_overlong].sum()),
-        int((lengths - used).sum()),
+        int(np.sum(used)),
+        int(np.sum(np.where(is_overlong, 0, learned))),
+        sum(records.tokens) - int(np.sum(used)),
         truncated,
         truncated / len(lengths) if len(lengths) else 0.0,
         int(is_overlong.sum()),
         lengths_of(lengths) if len(lengths) else None,
     )
+
+
+def _preference_stats(records: Records) -> PreferenceStats | None:
+    are_preferences = records.side_lengths("rejected") > 0
+    if not are_preferences.any():
+        return None
+    chosen, rejected = (
+        lengths_of(records.answer_tokens_between(0, sys.maxsize, side)[are_preferences])
+        for side in ("chosen", "rejected")
+    )
+    return PreferenceStats(int(are_preferences.sum()), chosen, rejected)
 
 
 def lengths_of(lengths: np.ndarray) -> Lengths:

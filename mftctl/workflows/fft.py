@@ -30,6 +30,8 @@ from mftctl.training.flops import flops_per_token
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.loop import step_size, train, training_arguments
+from mftctl.training.objectives import objective_of
+from mftctl.training.reference import Reference, require_whole_reference, turn_off_dropout, with_references
 from mftctl.training.retention import make_retention
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.step_scores import step_scores
@@ -60,7 +62,7 @@ def fine_tune(
     resume: bool = False,
     may_replace: bool = False,
 ) -> FftResult:
-    """Fine-tunes a model and returns its folder and its losses per answer token.
+    """Fine-tunes a model and returns its folder and its losses per answer token, or per preference.
 
     Args:
         recipe: Provides the `fft` section, the data and the seed.
@@ -79,7 +81,7 @@ def fine_tune(
         Interrupted: The user stopped the run; its state is saved.
 
     Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
-    an optimizer step.
+    an optimizer step, or over its preferences (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
     """
     options = recipe.fft
     with training_on_device("fft", recipe, options, run, listener) as room:
@@ -109,6 +111,7 @@ def _fine_tune(
         seen=None if options.learn_from == "all" else seen_records(run.folder.parent, source.parents),
         learn_from=options.learn_from,
         retain_weight=options.retain_weight,
+        kind=options.record_kind,
         now=run.started,
         listener=listener,
     )
@@ -116,6 +119,8 @@ def _fine_tune(
         listener.note(
             f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out}"
         )
+    if options.objective == "dpo":
+        require_whole_reference()
     before = RunInputs.read(run.record.inputs)
     require_same_data(before, inputs)
     mask = check_adapter(options, inputs.checkpoint, before)
@@ -126,6 +131,8 @@ def _fine_tune(
     if is_first():
         save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener, mask)
+    if options.objective == "dpo":
+        inputs = _with_references(model, inputs, options, listener)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
@@ -162,7 +169,27 @@ def _fine_tune(
         evaluations=measurements(run.training),
         peak_memory_bytes=peak_memory_bytes(),
         retained=_retained_losses(trainer),
+        rewards=kept.rewards,
     )
+
+
+def _with_references(
+    model: PreTrainedModel | PeftModel, inputs: TrainingInputs, options: FftOptions, listener: Listener
+) -> TrainingInputs:
+    """The inputs with the log-probabilities of the model before training, which is then trained without dropout."""
+    turn_off_dropout(model, listener)
+    reference = Reference(
+        model,
+        inputs.checkpoint,
+        autocast=_computes_in_bf16(options),
+        variant=f"{options.method == 'lora'}, {options.quantize}",
+    )
+    return with_references(inputs, [inputs.validation], reference, listener)[0]
+
+
+def _computes_in_bf16(options: FftOptions) -> bool:
+    """True if forward passes convert wider weights to bf16; with low memory they are in bf16 already."""
+    return uses_bf16(options.precision) and not options.low_memory
 
 
 def _retained_losses(trainer: UpdateTrainer) -> RetainedLosses | None:
@@ -209,11 +236,12 @@ def _trainer(
         steps=total_steps(len(inputs.train), options, world_size()),
         learning_rate=options.learning_rate,
         seed=recipe.seed,
-        bf16=uses_bf16(options.precision) and not options.low_memory,  # whose weights are in bf16 already
+        bf16=_computes_in_bf16(options),
     )
     arguments.load_best_model_at_end = options.keep == "best"
     arguments.optim = optimizer_name(options, arguments.device)
     trainer = UpdateTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
+    trainer.objective = objective_of(options)
     trainer.step_size = step_size(options)
     trainer.keep_averages(options, arguments.max_steps)
     if options.low_memory:

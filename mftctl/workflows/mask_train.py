@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
+from mftctl.evaluation.losses import mean_loss
 from mftctl.experiments.model_source import ModelSource, known_base
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask, PrefixReuse
@@ -32,7 +33,7 @@ from mftctl.runtime.devices import best_device, find_device, frozen_dtype
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
 from mftctl.runtime.process_group import shares_weights
 from mftctl.training.flops import flops_per_token
-from mftctl.training.held_out import compare, confirm, split_validation_records, validation_loss
+from mftctl.training.held_out import compare, confirm, split_validation_records, validation_losses
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.learn_mask import find_mask
@@ -43,6 +44,7 @@ from mftctl.training.mask_search import (
     load_frozen_model,
     prepare_mask_training,
 )
+from mftctl.training.objectives import objective_of
 from mftctl.training.prefix_cache import (
     batches_come_again,
     hidden_states,
@@ -50,6 +52,7 @@ from mftctl.training.prefix_cache import (
     reusing_prefix,
     token_batches_change,
 )
+from mftctl.training.reference import Reference, require_whole_reference, turn_off_dropout, with_references
 from mftctl.training.retention import make_retention
 from mftctl.training.step_scores import StepScores, step_scores
 from mftctl.workflows.budget import ratios_in_budget
@@ -133,6 +136,8 @@ def _search(
 ) -> _Searched:
     """Runs the methods that evaluate masks on the model."""
     options = recipe.mask_train
+    if options.objective == "dpo":
+        require_whole_reference()
     base = model_before_measured(options, source)
     base_folder = None if base is None else resolve_checkpoint(base)
     before = base_folder
@@ -148,17 +153,17 @@ def _search(
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     pairs = None if base_folder is None else pair_targets(targets, model, base_folder, inputs.checkpoint)
-    deciding, confirming = split_validation_records(inputs.validation, options)
     ratios = _ratios(model, targets, options, prepared, run, listener, has_values=weights is None)
     scores = _step_scores(recipe, inputs, weights, run, listener)
+    inputs, confirming = _split(inputs, model, options, listener)
     retention = make_retention(inputs, options, model, before, seed=recipe.seed, listener=listener)
-    inputs = replace(inputs, validation=deciding)
     come_again = _batches_come_again(len(inputs.train), layers, options, listener)
     with (
         hidden_states(options, run.folder) as states,
         # Processes that share weights must run the same layers, but each has seen different batches.
         reusing_prefix(model, 0 if shares_weights() else min(layers), states, listener.warn, in_training=come_again),
     ):
+        unmasked = None if weights is not None else validation_losses(model, inputs, listener, objective_of(options))
         search = MaskSearch(
             model,
             targets,
@@ -166,7 +171,7 @@ def _search(
             inputs,
             run.training,
             listener,
-            unmasked_loss=None if weights is not None else validation_loss(model, inputs, listener),
+            unmasked_loss=None if unmasked is None else mean_loss(unmasked),
             fft_learning_rate=prepared.fft_learning_rate,
             seed=recipe.seed,
             resume=resume,
@@ -179,6 +184,7 @@ def _search(
             retention=retention,
             unmasked_retained_loss=None if retention is None or weights is not None else retention.loss(model),
             ratios=ratios,
+            unmasked_rewards=None if unmasked is None else objective_of(options).rewards(unmasked),
         )
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
@@ -187,6 +193,21 @@ def _search(
         confirmation = _confirmation(search, found, confirming)
         reuse = prefix_reuse(states)
     return _Searched(search, found, layers, base, pairs, flops, confirmation, reuse)
+
+
+def _split(
+    inputs: TrainingInputs, model: PreTrainedModel, options: MaskTrainOptions, listener: Listener
+) -> tuple[TrainingInputs, Sequence[Encoded]]:
+    """The inputs with the validation records that decide, and those that confirm.
+
+    Preferences are given their log-probabilities under the model, which is then run without dropout.
+    """
+    deciding, confirming = split_validation_records(inputs.validation, options)
+    if options.objective != "dpo":
+        return replace(inputs, validation=deciding), confirming
+    turn_off_dropout(model, listener)
+    known, parts = with_references(inputs, [deciding, confirming], Reference(model, inputs.checkpoint), listener)
+    return known, parts[1]
 
 
 def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run, *, may_replace: bool) -> MeasuredMask:
@@ -223,6 +244,7 @@ def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run,
         evaluations=measurements(run.training),
         peak_memory_bytes=peak_memory_bytes(),
         retained=found.retained,
+        rewards=found.rewards,
     )
 
 

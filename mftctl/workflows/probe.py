@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import EncodedRecords
 from mftctl.errors import Interrupted
+from mftctl.evaluation.losses import mean_loss
 from mftctl.evaluation.score_choice import LOSS
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
@@ -39,7 +40,7 @@ from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import forget_plan, shares_weights, wait_for_all
 from mftctl.runtime.processes import is_first
 from mftctl.runtime.stop_request import take_late_stop
-from mftctl.training.held_out import masked, split_validation_records, validation_loss
+from mftctl.training.held_out import masked, split_validation_records, validation_losses
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.learn_mask import find_mask
 from mftctl.training.mask_search import (
@@ -49,7 +50,9 @@ from mftctl.training.mask_search import (
     load_frozen_model,
     prepare_mask_training,
 )
+from mftctl.training.objectives import objective_of
 from mftctl.training.prefix_cache import HiddenStates, hidden_states, prefix_reuse, reusing_prefix
+from mftctl.training.reference import Reference, require_whole_reference, turn_off_dropout, with_references
 from mftctl.training.step_scores import StepScores
 from mftctl.training.validation_scores import ValidationScorer
 from mftctl.workflows.fast_probe import agreement_with_training, changes_of_groups, promised_changes
@@ -99,6 +102,8 @@ def _train_groups(
 ) -> TrainedProbe:
     """Trains a mask for each group and returns the result."""
     options = _options(recipe)
+    if options.objective == "dpo":
+        require_whole_reference()
     base = model_before_measured(options, source)
     base_folder = None if base is None else resolve_checkpoint(base)
     prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
@@ -188,7 +193,12 @@ class _ProbedModel:
         layers = {layer for group in _groups(recipe, self.model) for layer in group.layers}
         targets = self._targets(TargetGroup(tuple(sorted(layers))))
         self._pairs = None if base is None else pair_targets(targets, self.model, base, self._inputs.checkpoint)
-        self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
+        if options.objective == "dpo":
+            turn_off_dropout(self.model, listener)
+            reference = Reference(self.model, self._inputs.checkpoint)
+            self._inputs, _ = with_references(self._inputs, [self._inputs.validation], reference, listener)
+        losses = validation_losses(self.model, self._inputs, listener, objective_of(options))
+        self.unmasked_loss, self._unmasked_rewards = mean_loss(losses), objective_of(options).rewards(losses)
         self.unmasked = None if scorer is None else scorer.score_once(self.model, run.folder / "unmasked")
         self._unmasked_of_steps = (
             None if of_steps is None else of_steps.score_once(self.model, run.folder / "scores" / "unmasked")
@@ -223,6 +233,7 @@ class _ProbedModel:
             scores=self._step_scores(folder.folder),
             unmasked_score=self._unmasked_of_steps,
             base=self._before(targets),
+            unmasked_rewards=self._unmasked_rewards,
         )
         lowest = 0 if shares_weights() else min(group.layers)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):

@@ -1,4 +1,4 @@
-"""Checks that a probe supports the masks in its recipe."""
+"""Checks of the kind of a probe's masks and of what they are trained for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ _PARTS = {"head": "attn", "neuron": "mlp"}
 
 
 def check_kind(recipe: Recipe) -> None:
-    """Checks that a probe supports the kind of masks, their ratio and their target.
+    """Checks that a probe supports the masks, their ratio and target, and the objective in its recipe.
 
     Raises:
         ConfigError: It does not.
     """
     options, unit = recipe.mask_train, recipe.probe.unit
+    if options.objective == "dpo" and (recipe.probe.fast or recipe.probe.by == "exact_match"):
+        key = "probe.fast" if recipe.probe.fast else "probe.by"
+        raise ConfigError(
+            "This probe does not work on preferences.",
+            key=key,
+            expected="a trained probe by loss or by a benchmark, for mask_train.objective: dpo",
+            actual=recipe.probe.fast or recipe.probe.by,
+        )
     if recipe.probe.fast and options.kind == "delta":
         raise ConfigError(
             "A fast probe predicts weight masks only.",

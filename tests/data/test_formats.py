@@ -242,19 +242,6 @@ def test_tools_and_template_variables_of_a_conversation() -> None:
     assert to_example({"messages": turns, "tools": "[]"}, WHERE).tools == ""
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        {"chosen": [{"role": "user", "content": "a"}], "rejected": []},
-        {"prompt": "a", "completion": "b", "label": False},
-    ],
-)
-def test_preferences_are_refused(record: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="preference data"):
-        to_example(record, WHERE)
-
-
 def test_conversation_without_anything_to_learn() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     with pytest.raises(DataError, match="no turn to train on"):

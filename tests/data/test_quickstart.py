@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = get_args(built_in.Split)
+PREFERENCES = tuple(split for split in SPLITS if split.startswith("preferences"))
 LARGEST_BYTES = 4 * 1024 * 1024
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -56,34 +57,55 @@ def quickstart_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_no_question_occurs_twice_in_or_between_the_splits() -> None:
-    questions = [_normalised(record["question"]) for split in SPLITS for record in _records(split)]
+    questions = [_question(record) for split in SPLITS for record in _records(split)]
     assert len(questions) == len(set(questions))
     assert len(questions) > 1000
 
 
-@pytest.mark.parametrize("split", SPLITS)
+def _question(record: dict[str, str]) -> str:
+    return _normalised(record.get("question") or record["prompt"])
+
+
+def _wrong_steps(answer: str) -> int:
+    """Number of wrong lines in an answer, each of which continues from the one before."""
+    *lines, last = answer.split("\n")
+    results: list[str] = []
+    wrong = 0
+    for line in lines:
+        matched = STEP.fullmatch(line)
+        assert matched, line
+        left, sign, right, result = matched.groups()
+        wrong += OPERATORS[sign](int(left), int(right)) != int(result)
+        assert not results or results[-1] in (left, right), answer
+        results.append(result)
+    assert last == f"#### {results[-1]}"
+    assert all(int(result) > 0 for result in results)
+    return wrong
+
+
+@pytest.mark.parametrize("split", [split for split in SPLITS if split not in PREFERENCES])
 def test_every_answer_is_right_arithmetic(split: built_in.Split) -> None:
     for record in _records(split):
         assert set(record) == {"question", "answer"}
-        *lines, last = record["answer"].split("\n")
-        results: list[str] = []
-        for line in lines:
-            matched = STEP.fullmatch(line)
-            assert matched, line
-            left, sign, right, result = matched.groups()
-            assert OPERATORS[sign](int(left), int(right)) == int(result), line
-            assert not results or results[-1] in (left, right), record
-            results.append(result)
-        assert last == f"#### {results[-1]}"
-        assert all(int(result) > 0 for result in results)
+        assert _wrong_steps(record["answer"]) == 0
+
+
+@pytest.mark.parametrize("split", PREFERENCES)
+def test_a_rejected_answer_has_one_wrong_step(split: built_in.Split) -> None:
+    for record in _records(split):
+        assert set(record) == {"prompt", "chosen", "rejected"}
+        assert [_wrong_steps(record[key]) for key in ("chosen", "rejected")] == [0, 1]
+        assert record["chosen"].splitlines()[-1] != record["rejected"].splitlines()[-1], record
 
 
 @pytest.mark.slow
 def test_the_generator_makes_the_shipped_files_and_a_corpus_without_their_questions(word_problems: ModuleType) -> None:
-    splits, corpus = word_problems.quickstart_data()
+    splits, pairs, corpus = word_problems.quickstart_data()
+    made = {**splits, **pairs}
+    assert set(made) == set(SPLITS)
     for split in SPLITS:
-        assert word_problems.json_lines(splits[split]) == built_in.data_path(split).read_text(encoding="utf-8")
-    shipped = {_normalised(record["question"]) for split in SPLITS for record in _records(split)}
+        assert word_problems.json_lines(made[split]) == built_in.data_path(split).read_text(encoding="utf-8")
+    shipped = {_question(record) for split in SPLITS for record in _records(split)}
     assert shipped.isdisjoint(_normalised(problem.question) for problem in corpus)
 
 

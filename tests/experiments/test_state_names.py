@@ -56,10 +56,12 @@ def test_states_stand_in_the_order_of_the_papers() -> None:
     assert labels[0] == "pre-trained"
     after_fft = labels.index(CONTINUED_FFT) + 1
     assert labels[after_fft : after_fft + 2] == [AVERAGED, INTERPOLATED] == ["averaged", "interpolated"]
+    masks = ["MFT, paper", "MFT, reference", "MFT", "MFT threshold"]
+    of_preferences = ["MFT DPO, paper", "MFT DPO, reference", "MFT DPO", "MFT DPO threshold"]
     first = labels.index("MFT, paper")
-    assert labels[first : first + 4] == ["MFT, paper", "MFT, reference", "MFT", "MFT threshold"]
+    assert labels[first : first + 8] == [*masks, *of_preferences]
     first = labels.index("MFT delta, paper")
-    assert labels[first : first + 4] == ["MFT delta, paper", "MFT delta, reference", "MFT delta", "MFT delta threshold"]
+    assert labels[first : first + 8] == [label.replace("MFT", "MFT delta") for label in (*masks, *of_preferences)]
     assert labels[-1] == "masked"
 
 
@@ -115,3 +117,18 @@ def test_training_against_forgetting_has_its_own_label_and_is_no_baseline(method
     assert state is not None
     assert state.is_retaining
     assert not state.is_plain_training
+
+
+@pytest.mark.parametrize(
+    ("method", "label"), [("full", "DPO"), ("lora", "LoRA DPO"), ("gmt", "GMT DPO"), ("random", "random update DPO")]
+)
+def test_training_on_preferences_has_its_own_label(method: str, label: str) -> None:
+    options = FftOptions.model_validate({"method": method, "objective": "dpo"})
+    assert [fine_tuned_state(source, options) for source in (PRE_TRAINED, FFT, CONTINUED_FFT)] == [label] * 3
+    assert fine_tuned_state(label, options) == f"continued {label}"
+    state = known_state(label)
+    assert state is not None
+    assert (state.is_preference, state.is_plain_training) == (True, method == "full")
+    learned = known_state(mask_state(MaskTrainOptions.model_validate({"objective": "dpo", "preset": "paper"})))
+    assert learned == State(StateKind.MFT, preset="paper", is_preference=True)
+    assert learned.label == "MFT DPO, paper"

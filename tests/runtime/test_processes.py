@@ -30,6 +30,7 @@ from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.runtime.process_group import import_deepspeed, share_of
 from tests.forked_commands.commands import ForkedCommands
+from tests.preference_records import write_preferences
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
@@ -160,6 +161,31 @@ def test_processes_share_the_retained_records(workspace: Path, tmp_path: Path, f
         alone, together = ([row[key] for row in found if key in row] for found in rows)
         assert alone
         assert together == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_share_preferences(workspace: Path, tmp_path: Path, forked_commands: ForkedCommands) -> None:
+    """Also in a last step with too few records for both; each launch measures the reference by itself."""
+    write_preferences(tmp_path / "train.jsonl", 26, "turns", seed=1)
+    write_preferences(tmp_path / "val.jsonl", 9, "turns", seed=2)
+    data = ("-m", workspace / "tiny", "-d", "train.jsonl", "--val-data", "val.jsonl", "--objective", "dpo")
+    steps = ("--global-batch-size", 8, "--batch-size", 4, "--max-steps", 4, "--val-steps", 2, "--lr", "3e-3")
+    commands = [(command, *data, *steps, "--no-cache", "--yes") for command in ("fft", "mask-train")]
+    launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module)
+    for start_of_command in (forked_commands.python, launcher):
+        code, _, errors = run(tmp_path, *start_of_command, *several(*commands))
+        assert code == 0, errors
+    found, _ = list_runs(tmp_path / "runs")
+    assert [one.record.command for one in found] == ["fft", "mask-train"] * 2
+    for alone, together in ((found[0], found[2]), (found[1], found[3])):
+        rows = [[line.document() for line in one.training.metrics()] for one in (alone, together)]
+        for key in ("loss", "eval_loss"):
+            values = [[row[key] for row in part if key in row] for part in rows]
+            assert values[0]
+            assert values[1] == pytest.approx(values[0], rel=1e-4)
+        rewards = [[row["rewards"] for row in part if "rewards" in row] for part in rows]
+        for one, other in zip(*rewards, strict=True):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def entry(key: object, make: Make, listener: Listener) -> Entry:
     Raises:
         StorageError: The content can be written neither to the cache nor to the folder for temporary files.
     """
-    name = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
+    name = _name(key)
     root = cache_folder()
     if root is not None:
         try:
@@ -78,6 +78,20 @@ def entry(key: object, make: Make, listener: Listener) -> Entry:
         listener.note(f"The data is prepared for this command only: there is no home folder; {VARIABLE} may name one.")
     with known_failures():
         return _kept(_temporary_root() / name, make, listener)
+
+
+def kept_entry(key: object) -> Entry | None:
+    """The entry for a key if the cache has it whole, without making it; None otherwise.
+
+    Args:
+        key: What the content depends on, as plain data.
+    """
+    root = cache_folder()
+    return None if root is None else _opened(root / _name(key))
+
+
+def _name(key: object) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _require_folder(root: Path) -> None:

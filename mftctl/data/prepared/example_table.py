@@ -37,6 +37,7 @@ _SCHEMA = pa.schema(
         ("content", pa.binary()),
         ("has_turns", pa.bool_()),
         ("begins_without_system", pa.bool_()),
+        ("is_preference", pa.bool_()),
         ("digest", pa.uint64()),
         ("prompt_key", pa.binary(_KEY_BYTES)),
     ]
@@ -131,6 +132,11 @@ class ExampleTable:
     def begins_without_system(self) -> np.ndarray:
         """Whether a template may add a system prompt to each record, as bool."""
         return self.rows.flags("begins_without_system")
+
+    @property
+    def are_preferences(self) -> np.ndarray:
+        """Whether each record has a chosen and a rejected answer, as bool."""
+        return self.rows.flags("is_preference")
 
     @property
     def numbers(self) -> np.ndarray:
@@ -237,6 +243,7 @@ def _row(example: Example, file: int, place: str) -> tuple[Any, ...]:
         content,
         example.has_turns,
         example.begins_without_system,
+        bool(example.rejected),
         int.from_bytes(hashlib.sha256(content).digest()[:8], "big"),
         hashlib.sha256(example.prompt_content()).digest()[:_KEY_BYTES],
     )

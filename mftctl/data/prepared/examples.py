@@ -103,6 +103,11 @@ class Examples(Sequence[Example]):
         return self._column([table.prompt_keys for table in self.tables], np.dtype("V16"))
 
     @property
+    def are_preferences(self) -> np.ndarray:
+        """Whether each example has a chosen and a rejected answer, as bool."""
+        return self._column([table.are_preferences for table in self.tables], np.dtype(np.bool_))
+
+    @property
     def begin_without_system(self) -> np.ndarray:
         """Whether a template may add a system prompt to each example, as bool."""
         return self._column([table.begins_without_system for table in self.tables], np.dtype(np.bool_))

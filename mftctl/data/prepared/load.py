@@ -7,6 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mftctl.data.examples import RecordKind
 from mftctl.data.prepared.arrow_files import MappedTable
 from mftctl.data.prepared.code_digest import code_digest
 from mftctl.data.prepared.entries import entry
@@ -25,6 +28,7 @@ def load_examples(
     seed: int = 0,
     issues: RecordIssues | None = None,
     listener: Listener | None = None,
+    kind: RecordKind | None = "answers",
 ) -> Examples:
     """The examples of all sources, one source after another, each in its own order.
 
@@ -33,23 +37,28 @@ def load_examples(
         seed: Determines which records are taken if a source has more than its count.
         issues: Collects problems with single records; without it, they are errors.
         listener: Receives progress updates and notes on the cache.
+        kind: The kind of the records; others cannot be used. None for any.
 
     Raises:
-        DataError: A source cannot be read, or has fewer records than its count.
+        DataError: A source cannot be read, has only records of another kind, or has fewer records than its count.
     """
     found = RecordIssues() if issues is None else issues
-    parts = [_of_source(source, seed, found, listener or Silence()) for source in sources]
+    parts = [_of_source(source, seed, found, listener or Silence(), kind) for source in sources]
     if issues is None:
         found.settle("error")
     return Examples.joined(parts)
 
 
-def _of_source(source: DataSource, seed: int, issues: RecordIssues, listener: Listener) -> Examples:
+def _of_source(
+    source: DataSource, seed: int, issues: RecordIssues, listener: Listener, kind: RecordKind | None
+) -> Examples:
     table = example_table(source, listener)
     issues.records += table.summary.records
     issues.refused.extend(table.refused())
     issues.ignored.update(table.summary.ignored)
     examples = Examples.of_table(table)
+    if kind is not None:
+        examples = _of_kind(examples, kind, source, issues)
     if source.count is None:
         return examples
     if source.count > len(examples):
@@ -61,6 +70,41 @@ def _of_source(source: DataSource, seed: int, issues: RecordIssues, listener: Li
             hint="request fewer, or omit the count to take all",
         )
     return sample_count(examples, source.count, seed).as_selection()
+
+
+def _of_kind(examples: Examples, kind: RecordKind, source: DataSource, issues: RecordIssues) -> Examples:
+    """The examples of a kind; others are among the issues.
+
+    Raises:
+        DataError: All are of another kind.
+    """
+    fits = examples.are_preferences == (kind == "preferences")
+    if fits.all():
+        return examples
+    if not fits.any():
+        raise other_kind(kind, source.path)
+    issues.refused += [other_kind(kind, examples.where(int(index))) for index in np.flatnonzero(~fits)]
+    return examples.take(np.flatnonzero(fits)).as_selection()
+
+
+def other_kind(kind: RecordKind, where: str) -> DataError:
+    """The error about records of another kind than this one."""
+    if kind == "preferences":
+        return DataError(
+            "DPO needs preferences.",
+            path=where,
+            expected="records with chosen and rejected answers",
+            actual="one answer for each prompt",
+            hint="--objective sft trains on single answers",
+        )
+    return DataError(
+        "Preference data cannot be used as single answers.",
+        path=where,
+        expected="records of questions and answers",
+        actual="records with chosen and rejected answers",
+        hint="--objective dpo of fft and mask-train trains on them; to use the preferred answers alone, write records "
+        "with prompt and completion",
+    )
 
 
 def example_table(source: DataSource, listener: Listener) -> ExampleTable:

@@ -7,7 +7,7 @@ from typing import Literal
 
 NAME = "quickstart"
 
-Split = Literal["train", "validation", "test", "retained"]
+Split = Literal["train", "validation", "test", "retained", "preferences", "preferences_validation"]
 """`retained` has problems of the kind that the model was pre-trained on, the others of the kind to learn."""
 
 
@@ -17,5 +17,8 @@ def model_path() -> Path:
 
 
 def data_path(split: Split) -> Path:
-    """The file of one split of the built-in word problems, one JSON record (`question`, `answer`) per line."""
+    """The file of one split of the built-in word problems, one JSON record per line.
+
+    A record has `question` and `answer`, or for preferences `prompt`, `chosen` and `rejected`.
+    """
     return Path(__file__).parent / "data" / f"{split}.jsonl"

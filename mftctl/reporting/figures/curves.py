@@ -42,11 +42,11 @@ def curve_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     Source: MFT, figure 2.
     """
     histories, problems = read_histories(runs)
-    families: dict[tuple[str, str], list[History]] = {}
+    families: dict[tuple[str, str, bool], list[History]] = {}
     for history in histories:
-        families.setdefault(history.family, []).append(history)
+        families.setdefault((*history.family, history.is_of_preferences), []).append(history)
     figures = []
-    for (origin, _), members in families.items():
+    for (origin, _, _), members in families.items():
         methods = _methods(members)
         losses, unplaced = _losses(methods)
         problems += unplaced
@@ -85,6 +85,8 @@ def _methods(members: Sequence[History]) -> list[_Method]:
 
 def _losses(methods: Sequence[_Method]) -> tuple[CurvePicture | None, list[str]]:
     """Validation loss by step, as a difference from the best FFT if there is one, and a line per run left out."""
+    if methods and methods[0].seeds[0].is_of_preferences:
+        return _preference_losses(methods)
     has_fft = any(method.state == FFT for method in methods)
     only_masks = all(item.run.record.command == "mask-train" for method in methods for item in method.seeds)
     is_difference = has_fft or only_masks
@@ -112,6 +114,17 @@ def _losses(methods: Sequence[_Method]) -> tuple[CurvePicture | None, list[str]]
         True,
         tuple(captions),
     )
+    return picture, problems
+
+
+def _preference_losses(methods: Sequence[_Method]) -> tuple[CurvePicture | None, list[str]]:
+    """Validation loss of preferences by step."""
+    lines, problems = _loss_lines(methods, is_difference=False)
+    if not any(len(seed.values) > 1 for line in lines for seed in line.seeds):
+        return None, problems
+    captions = "Validation loss per preference; ln 2 = 0.6931 is that of the model before training."
+    title = "Validation loss of preferences by step"
+    picture = CurvePicture("preference-loss-by-step", title, "DPO loss", tuple(lines), None, True, (captions,))
     return picture, problems
 
 

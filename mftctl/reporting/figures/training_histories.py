@@ -14,7 +14,7 @@ from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Lineage, Parents, RunInputs, StartingState
 from mftctl.experiments.run_record import RunStatus
-from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
+from mftctl.experiments.state_names import FFT, fine_tuned_state, known_state, mask_state
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
@@ -44,7 +44,7 @@ class History:
         method: Recipe, stage and settings, which are the same for all seeds of a method.
         first_step: Optimizer steps taken before this run, up to the model it started from.
         kept_step: The run's step whose state was kept; the best so far if unfinished.
-        losses: Validation loss per answer token by the run's own step.
+        losses: Validation loss per answer token, or per preference, by the run's own step.
         reference_loss: Loss of the best FFT, or of the unmasked model without one, on the same records; None if
             unknown.
         scores: Values by the run's own step, for each measure.
@@ -69,6 +69,12 @@ class History:
     def is_finished(self) -> bool:
         """True if the run has finished."""
         return self.run.record.status == RunStatus.FINISHED
+
+    @property
+    def is_of_preferences(self) -> bool:
+        """True if it was trained on preferences, whose loss is no loss of answers."""
+        state = known_state(self.state)
+        return state is not None and state.is_preference
 
     @property
     def stage(self) -> str:

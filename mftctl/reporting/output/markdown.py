@@ -13,6 +13,7 @@ from mftctl.reporting.output.text_tables import (
     frontier_text,
     metric_text,
     overview_text,
+    preferences_text,
 )
 from mftctl.text import markdown_code, markdown_item, markdown_label, markdown_text
 
@@ -33,6 +34,12 @@ EFFICIENCY_NOTE = (
 )
 
 
+PREFERENCES_NOTE = (
+    "Measured on the validation records of each training (of masks, half of them); the loss before training is"
+    " ln 2 = 0.6931. Reward: beta times the change of an answer's log-probability."
+)
+
+
 def to_markdown(report: Report) -> str:
     """The whole report, with links to the figures in the report folder."""
     parts = ["# mftctl report", "", f"Next: {markdown_code(report.advice.command)}. {report.advice.reason}", ""]
@@ -49,6 +56,8 @@ def to_markdown(report: Report) -> str:
         parts += [NOTE, ""]
     if report.answers:
         parts += ["## Answers", "", *(f"- {markdown_item(changes.title)}" for changes in report.answers), ""]
+    if report.preferences:
+        parts += [*table_lines(preferences_text(report.preferences)), "", PREFERENCES_NOTE, ""]
     if report.efficiency:
         parts += [*table_lines(efficiency_text(report.efficiency)), "", EFFICIENCY_NOTE, ""]
     for figure in report.figures:

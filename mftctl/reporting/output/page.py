@@ -14,7 +14,7 @@ from mftctl import __version__
 from mftctl.reporting.answers import SHOWN_ANSWERS, AnswerChanges, ChangedAnswer
 from mftctl.reporting.figures.style import INK, Drawing, Figure
 from mftctl.reporting.output.headlines import headlines
-from mftctl.reporting.output.markdown import EFFICIENCY_NOTE, NOTE
+from mftctl.reporting.output.markdown import EFFICIENCY_NOTE, NOTE, PREFERENCES_NOTE
 from mftctl.reporting.output.text_tables import (
     TextTable,
     efficiency_text,
@@ -22,6 +22,7 @@ from mftctl.reporting.output.text_tables import (
     frontier_text,
     metric_text,
     overview_text,
+    preferences_text,
 )
 from mftctl.text import visible, visible_line
 
@@ -52,6 +53,7 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     overviews = [overview_text(overview) for overview in report.overviews]
     overviews += [frontier_text(frontier) for frontier in report.frontiers]
+    preferences = [preferences_text(report.preferences)] if report.preferences else []
     efficiency = [efficiency_text(report.efficiency)] if report.efficiency else []
     tables: list[dict[str, Any]] = [
         {
@@ -61,19 +63,22 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
         }
         for table in report.tables
     ]
-    shown = [*overviews, *(part for table in tables for part in (table["text"], table["seeds"]) if part), *efficiency]
+    measured = [part for table in tables for part in (table["text"], table["seeds"]) if part]
+    shown = [*overviews, *measured, *preferences, *efficiency]
     return template.render(
         version=__version__,
         report=report,
         headlines=headlines(report.tables),
         overviews=overviews,
         tables=tables,
+        preferences=preferences,
         efficiency=efficiency,
         figures=[(figure, Markup(_inline(figure, drawings[figure.name].svg))) for figure in report.figures],
         answers=[_shown_answers(changes) for changes in report.answers if changes.won or changes.lost],
         sources=[(source, _link(source.folder, folder)) for source in report.sources],
         groups=_groups(report, shown),
         note=NOTE,
+        preferences_note=PREFERENCES_NOTE,
         efficiency_note=EFFICIENCY_NOTE,
     )
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.reporting.file_names import own_name, slug
 from mftctl.reporting.frontier import Frontier
-from mftctl.reporting.output.text_tables import TextTable, efficiency_text, frontier_text, metric_text, overview_text
+from mftctl.reporting.output.text_tables import (
+    TextTable,
+    efficiency_text,
+    frontier_text,
+    metric_text,
+    overview_text,
+    preferences_text,
+)
 from mftctl.reporting.overview import Overview
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.state_tables import MetricTable, Row
@@ -43,6 +50,9 @@ def _tables(report: Report) -> Iterator[tuple[TextTable, list[dict[str, Any]]]]:
         yield frontier_text(frontier), list(_frontier_rows(frontier))
     for table in report.tables:
         yield metric_text(table), list(_metric_rows(table))
+    if report.preferences:
+        rows = [{**asdict(row), "seeds": tuple(map(str, row.seeds))} for row in report.preferences]
+        yield preferences_text(report.preferences), rows
     if report.efficiency:
         yield efficiency_text(report.efficiency), [asdict(item) for item in report.efficiency]
 

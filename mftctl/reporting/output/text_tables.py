@@ -12,6 +12,7 @@ from mftctl.reporting.file_names import slug
 from mftctl.reporting.frontier import Frontier
 from mftctl.reporting.overview import Cell, Column, Overview
 from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change
+from mftctl.reporting.preferences import PreferenceRow
 from mftctl.reporting.state_tables import MetricTable, Row, is_retained
 
 
@@ -191,6 +192,24 @@ def efficiency_text(entries: Sequence[Efficiency]) -> TextTable:
         rows.append((TextCell(name), *(TextCell(number, runs=item.runs if number else ()) for number in numbers)))
     columns = ("state", "samples/s", "tokens/s (× FFT)", "tokens", "FLOPs", "peak memory, GB", "total seconds")
     return TextTable("efficiency", "Training cost", columns, tuple(rows), (False, *(True,) * 6))
+
+
+def preferences_text(rows: Sequence[PreferenceRow]) -> TextTable:
+    """The validation of each training on preferences."""
+    origins = {row.origin for row in rows}
+    cells = []
+    for row in rows:
+        name = row.state if len(origins) == 1 else f"{row.state} ({Path(row.origin).name})"
+        numbers = (
+            f"{row.loss:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}"),
+            f"{row.accuracy:.1%}" + ("" if row.accuracy_spread is None else f" ± {100 * row.accuracy_spread:.1f}"),
+            f"{row.margin:+.4f}",
+            f"{row.chosen:+.4f}",
+            f"{row.rejected:+.4f}",
+        )
+        cells.append((TextCell(name), *(TextCell(number, runs=row.runs) for number in numbers)))
+    columns = ("state", "validation loss", "reward accuracy", "margin", "chosen reward", "rejected reward")
+    return TextTable("preferences", "Preferences", columns, tuple(cells), (False, *(True,) * 5))
 
 
 def overview_title(overview: Overview) -> str:

@@ -86,6 +86,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "next": asdict(report.advice),
         "overviews": [asdict(overview) for overview in report.overviews],
         "tables": [_table_document(table) for table in report.tables],
+        "preferences": [asdict(row) for row in report.preferences],
         "efficiency": [asdict(item) for item in report.efficiency],
         "figures": [
             {

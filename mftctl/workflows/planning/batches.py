@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mftctl.data.encoding import Encoded
-from mftctl.data.prepared.records import answer_lengths, token_lengths
+from mftctl.data.prepared.records import Sides, answer_lengths, token_lengths
 from mftctl.evaluation.inference import length_batches
 from mftctl.experiments.training_options import TrainingOptions
-from mftctl.training.schedule import micro_batch_records, records_per_step
+from mftctl.training.schedule import micro_batch_records, records_per_step, sequences_of_a_record
 
 VALIDATION_TOKENS = 4096
 """Batch size of `sample_losses`."""
@@ -17,14 +17,14 @@ VALIDATION_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The largest batches of a training run and its validation.
+    """The largest batches of a training run and its validation, in sequences: a preference has two.
 
     Attributes:
-        records: Records per training batch.
-        length_tokens: Tokens of the longest training record.
-        padded: Whether records differ in length, so that attention needs a mask tensor.
-        validation_records: Records per validation batch.
-        validation_tokens: Tokens of the longest validation record.
+        records: Sequences per training batch.
+        length_tokens: Tokens of the longest training sequence.
+        padded: Whether sequences differ in length, so that attention needs a mask tensor.
+        validation_records: Sequences per validation batch.
+        validation_tokens: Tokens of the longest validation sequence.
         scored_tokens: Positions in a validation batch whose logits are computed.
         answer_tokens: Maximum answer tokens of a training batch, the only positions whose logits are computed.
     """
@@ -49,10 +49,11 @@ def largest_batches(
         batch_size: Records per training batch.
         batch_tokens: Padded tokens per training batch; overrides `batch_size`.
     """
+    paired = 1 if train[0].rejected is None else 2
     lengths = sorted(token_lengths(train), reverse=True)
     answers = sorted(answer_lengths(train), reverse=True)
     if batch_tokens is not None:
-        batches = length_batches(lengths, batch_tokens)
+        batches = length_batches(lengths, batch_tokens // paired)
         largest = max(batches, key=lambda batch: len(batch) * lengths[batch[0]])
         lengths = [lengths[index] for index in largest]
         answers = answers[: max(map(len, batches))]
@@ -60,14 +61,15 @@ def largest_batches(
     else:
         lengths = lengths[:batch_size]
         answer_tokens = sum(answers[:batch_size])
-    sizes = token_lengths(validation)
+    sequences = validation if validation[0].rejected is None else Sides(validation)
+    sizes = token_lengths(sequences)
     groups = length_batches(sizes, VALIDATION_TOKENS)
-    scored = {len(group) * _scored_tokens([validation[index] for index in group]) for group in groups}
+    scored = {len(group) * _scored_tokens([sequences[index] for index in group]) for group in groups}
     widest = max(groups, key=lambda group: len(group) * sizes[group[0]])
     return Batches(
-        records=len(lengths),
+        records=paired * len(lengths),
         length_tokens=lengths[0],
-        padded=lengths[0] != lengths[-1],
+        padded=paired > 1 or lengths[0] != lengths[-1],
         validation_records=len(widest),
         validation_tokens=sizes[widest[0]],
         scored_tokens=min(sizes[widest[0]], -(-max(scored) // len(widest))),
@@ -76,7 +78,12 @@ def largest_batches(
 
 
 def assumed_batches(batch_size: int, max_length_tokens: int) -> Batches:
-    """The largest possible batches, for data with unknown token counts."""
+    """The largest possible batches, for data with unknown token counts.
+
+    Args:
+        batch_size: Sequences per training batch.
+        max_length_tokens: Their length.
+    """
     records = max(1, VALIDATION_TOKENS // max_length_tokens)
     answer_tokens = batch_size * (max_length_tokens - 1)
     return Batches(batch_size, max_length_tokens, True, records, max_length_tokens, max_length_tokens, answer_tokens)
@@ -91,7 +98,8 @@ def batches_of(options: TrainingOptions, train: Sequence[Encoded], validation: S
         validation: Validation records; empty if their tokens are unknown.
     """
     if not train or not validation:
-        return assumed_batches(micro_batch_records(options, options.max_length_tokens), options.max_length_tokens)
+        at_once = micro_batch_records(options, options.max_length_tokens) * sequences_of_a_record(options)
+        return assumed_batches(at_once, options.max_length_tokens)
     at_once = micro_batch_records(options, max(token_lengths(train)))
     # A step of few records is one forward pass, even if more tokens would fit.
     whole = options.batch_tokens is None or at_once == records_per_step(options)

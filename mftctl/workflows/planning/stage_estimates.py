@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from mftctl.data.prepared.examples import Examples
-from mftctl.data.prepared.records import token_lengths
+from mftctl.data.prepared.records import token_totals
 from mftctl.data.seen_records import records_to_learn_from
 from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
@@ -89,6 +89,7 @@ class StageEstimates:
         if not job.recipe.data:
             raise ConfigError("Training needs data.", key="data", expected="a file or a hub id", actual="none given")
         self._check_length(training_options(job))
+        self._data.require_kind(job.recipe, training_options(job).record_kind)
         stage = self._with_steps(stage, job)
         if self._model is None:
             return stage
@@ -191,7 +192,7 @@ class StageEstimates:
         tokens = self._data.tokens(job.recipe, options.max_length_tokens)
         if tokens is None:
             return stage
-        mean_tokens = sum(token_lengths(tokens.train)) / len(tokens.train)
+        mean_tokens = sum(token_totals(tokens.train)) / len(tokens.train)
         total = steps * step_records if options.max_steps else math.ceil(options.epochs * records) * runs * bool(steps)
         return replace(stage, tokens_per_step=round(mean_tokens * step_records), tokens=round(mean_tokens * total))
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import dropwhile, groupby
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.decoding import decode_behind
 from mftctl.data.encoding import Encoded, EncodedRecords, Encoder, encode_all
-from mftctl.data.examples import IGNORED_LABEL
+from mftctl.data.examples import IGNORED_LABEL, RecordKind
 from mftctl.data.overlap import question_keys, shared
 from mftctl.data.prepared.examples import Examples
-from mftctl.data.prepared.load import load_examples
-from mftctl.data.prepared.records import answer_lengths, token_lengths
+from mftctl.data.prepared.load import load_examples, other_kind
+from mftctl.data.prepared.records import answer_lengths, token_lengths, token_totals
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.rendering import Segment
 from mftctl.data.retained import split_retained, without_training_records
@@ -68,9 +68,9 @@ class TokenCounts:
 
     Attributes:
         tokenized_records: Number of records.
-        tokens: Their tokens.
+        tokens: Their tokens; of preferences, those of both sequences.
         answer_tokens: Those of them that are learned.
-        longest_tokens: Tokens of the longest record.
+        longest_tokens: Tokens of the longest sequence.
     """
 
     tokenized_records: int
@@ -109,6 +109,18 @@ class DataCheck:
                 ):  # others are reported with the results of tokenisation
                     report_issues(name, issues, recipe, 0, self._problems)
         return self._parts[key]
+
+    def require_kind(self, recipe: Recipe, kind: RecordKind) -> None:
+        """Checks that the training and validation records are of a kind; a file of both is left to the reader.
+
+        Raises:
+            DataError: All records of a part are of another kind.
+        """
+        parts = self.parts(recipe)
+        for examples, sources in ((parts.train, recipe.data), (parts.validation, recipe.val_data or recipe.data)):
+            fits = examples.are_preferences == (kind == "preferences")
+            if len(fits) and not fits.any():
+                raise other_kind(kind, ", ".join(source.path for source in sources))
 
     def tokens(self, recipe: Recipe, max_length_tokens: int) -> Tokens | None:
         """The tokenised records; None without a tokenizer or usable records."""
@@ -197,11 +209,11 @@ class DataCheck:
 def read_parts(recipe: Recipe, problems: ProblemList) -> Parts:
     """Reads the records of all data files; each unreadable file is reported as a problem."""
     issues = {"data": RecordIssues(), "test_data": RecordIssues(), "retain_data": RecordIssues()}
-    train = _read("data", recipe.data, recipe.seed, issues["data"], problems)
+    train = _read("data", recipe.data, recipe.seed, issues["data"], problems, kind=None)
     validation = Examples.joined([])
     if recipe.val_data:
         issues["val_data"] = RecordIssues()
-        validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], problems)
+        validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], problems, kind=None)
     test = _read("test_data", recipe.test_data, recipe.seed, issues["test_data"], problems)
     retained = held_out = retained_train = _read(
         "retain_data", recipe.retain_data, recipe.seed, issues["retain_data"], problems
@@ -277,16 +289,23 @@ def report_issues(
 
 def token_counts(encoded: Sequence[Encoded]) -> TokenCounts:
     """Counts the tokens of encoded records."""
-    lengths = token_lengths(encoded)
-    answer_tokens = sum(answer_lengths(encoded))
-    return TokenCounts(len(encoded), sum(lengths), answer_tokens, max(lengths, default=0))
+    lengths, answer_tokens = token_lengths(encoded), sum(answer_lengths(encoded))
+    return TokenCounts(len(encoded), sum(token_totals(encoded)), answer_tokens, max(lengths, default=0))
 
 
-def _read(key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, problems: ProblemList) -> Examples:
+def _read(
+    key: str,
+    sources: Sequence[DataSource],
+    seed: int,
+    issues: RecordIssues,
+    problems: ProblemList,
+    *,
+    kind: RecordKind | None = "answers",
+) -> Examples:
     parts = []
     for source in sources:
         try:
-            parts.append(load_examples([source], seed=seed, issues=issues))
+            parts.append(load_examples([source], seed=seed, issues=issues, kind=kind))
         except MftError as error:
             problems.problem(f"{key}: {describe(error)}")
     return Examples.joined(parts)
@@ -326,3 +345,15 @@ def trained_segments(record: Encoded, tokenizer: PreTrainedTokenizerBase) -> lis
         segments.append(Segment(text, is_answer))
         start = end
     return segments
+
+
+def rejected_segments(record: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """The text of the rejected answer of a preference, from its first label on; empty for a record with one answer.
+
+    Args:
+        record: Token IDs and labels.
+        tokenizer: The tokenizer that produced them.
+    """
+    if record.rejected is None:
+        return []
+    return list(dropwhile(lambda segment: not segment.is_answer, trained_segments(record.rejected, tokenizer)))
