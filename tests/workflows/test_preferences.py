@@ -306,6 +306,8 @@ def test_other_data_can_be_retained(workspace: Path, files: Path, tmp_path: Path
         ("fft", {"objective": "sft", "length_normalized": True}, "length_normalized applies only to the objective dpo"),
         ("fft", {"best_by": "exact_match"}, "exact_match needs reference answers"),
         ("fft", {"method": "lora", "lora_dropout": 0.1}, "without dropout"),
+        ("fft", {"method": "supertuning"}, "dpo trains with full, lora, gmt, hft or random"),
+        ("mask_train", {"ratio": "auto"}, "does not apply to objective dpo"),
         ("fft", {"beta": 0.0}, "greater than 0"),
         ("fft", {"objective": "kto"}, "objective"),
         ("mask_train", {"method": "magnitude"}, "mask_train.objective applies only to learned masks"),
