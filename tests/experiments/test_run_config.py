@@ -114,7 +114,7 @@ def test_an_invalid_configuration_is_left_to_the_recipe_check() -> None:
 def test_an_older_run_is_read_with_its_settings_under_current_names(tmp_path: Path) -> None:
     folder = write_earlier(tmp_path, EARLIER)
     config = load_run(folder).record.config
-    assert config["fft"] == {"method": "gmt", "val_steps": 8, "ratio": 0.2, "learning_rate": 2e-05}
+    assert config["fft"] == {"method": "gmt", "val_steps": 8, "ratio": 0.2, "learning_rate": 2e-5}
     assert config["mask_train"] == {
         "preset": "paper",
         "benchmark_every": 5,
