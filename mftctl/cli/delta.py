@@ -43,6 +43,8 @@ def delta(
             "--output", "-o", help="The delta file; a copy is kept in the run folder.", rich_help_panel=opt.INPUT
         ),
     ] = Path("change.delta"),
+    data: opt.Data = None,
+    val_data: opt.ValData = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
     ratio: Annotated[float | None, opt.setting(DeltaOptions, "ratio", "--ratio", panel=_STORED)] = None,
@@ -56,6 +58,7 @@ def delta(
     codec: Annotated[str | None, opt.setting(DeltaOptions, "codec", "--codec", panel=_STORED)] = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:

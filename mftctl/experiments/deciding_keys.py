@@ -65,6 +65,8 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     """Returns the part of a recipe that determines a command's result, as plain data."""
     sections = dict(_SECTIONS.get(command, {}))
+    if command == "delta" and recipe.delta.needs_data:
+        sections |= {"mask_train": True, **_RATE}
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
     if training is not None and (training.benchmark_every is not None or training.best_by != "loss"):
         sections["eval"] = True  # the result then depends on what was measured during training

@@ -10,7 +10,7 @@ from mftctl.experiments.section import Section
 from mftctl.experiments.training_options import Share
 
 DeltaValues = Literal["exact", "bf16", "int8", "sign"]
-DeltaSelect = Literal["trivial", "random"]
+DeltaSelect = Literal["trivial", "random", "learned", "fisher"]
 DeltaPart = Literal["embeddings", "head", "vectors"]
 
 
@@ -21,7 +21,10 @@ class DeltaOptions(Section):
         0.0, description="Share of the changes of each matrix to leave out; vectors, such as norms, are stored whole."
     )
     select: DeltaSelect = Field(
-        "trivial", description="Changes to leave out. trivial: the smallest; random: any, which takes no room for bits."
+        "trivial",
+        description="Changes to leave out. trivial: the smallest; random: any, which takes no room for bits; learned: "
+        "those that a delta mask learned on the data resets; fisher: those with the smallest effect on the data, by "
+        "squared gradient times squared change.",
     )
     mask: str | None = Field(
         None, description="A delta mask (mask-train --kind delta, --method drop) that decides for the tensors in it."
@@ -47,6 +50,17 @@ class DeltaOptions(Section):
     def _only_random_changes_are_rescaled(self) -> DeltaOptions:
         if self.rescale and (self.select != "random" or self.mask is not None):
             raise ValueError("delta.rescale applies only to select random, without a mask")
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        """True if the data decides which changes to leave out."""
+        return self.select in ("learned", "fisher")
+
+    @model_validator(mode="after")
+    def _data_decides_about_a_share(self) -> DeltaOptions:
+        if self.needs_data and (self.ratio == 0 or self.mask is not None):
+            raise ValueError(f"delta.select {self.select} needs a ratio above 0, and no mask")
         return self
 
     @model_validator(mode="after")

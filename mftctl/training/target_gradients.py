@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch.nn import Module, Parameter
-from torch.utils.checkpoint import checkpoint
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from mftctl.data.batching import PaddingCollator, pad_token_id
-from mftctl.data.prepared.records import answer_lengths, token_lengths
-from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
-from mftctl.evaluation.inference import length_batches
 from mftctl.experiments.training_options import MaskTrainOptions
-from mftctl.masking.targets import MaskTarget, decoder_layers
-from mftctl.progress import Listener, Progress
-from mftctl.runtime.process_group import add_up
-from mftctl.runtime.processes import rank, world_size
+from mftctl.masking.targets import MaskTarget
+from mftctl.progress import Listener
 from mftctl.runtime.torch_failures import gpu_failures
-from mftctl.training.answer_loss import answer_loss
+from mftctl.training.gradient_pass import accumulated_gradients
 from mftctl.training.inputs import TrainingInputs
 
 
@@ -46,86 +37,8 @@ def mean_gradients(
     Raises:
         DeviceMemoryError: The GPU runs out of memory.
     """
-    collate = PaddingCollator(pad_token_id(inputs.tokenizer))
-    answer_tokens = sum(answer_lengths(inputs.train))
-    checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
-    parameters = [parameter_of(target) for target in targets]
-    with (
-        gpu_failures("computing gradients"),
-        _checkpointing(checkpointed),
-        _accumulating(model, parameters) as gradients,
-    ):
-        done = 0
-        for indices in _batches(token_lengths(inputs.train), options)[rank() :: world_size()]:
-            batch = collate([inputs.train[index] for index in indices])
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            positions, tokens = answer_positions(batch.pop("labels"))
-            with logits_only_at(model, positions, tokens, listener.warn):
-                outputs = model(**batch, use_cache=False)
-            answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
-            done += len(indices)
-            listener.progress(
-                Progress("computing gradients", min(done * world_size(), len(inputs.train)), len(inputs.train))
-            )
-        add_up(gradients.values())
-    return gradients
-
-
-def _batches(lengths_tokens: Sequence[int], options: MaskTrainOptions) -> list[list[int]]:
-    """Batches of records, longest first so that running out of memory shows at once, each a forward pass."""
-    if options.batch_tokens is not None:
-        return length_batches(lengths_tokens, options.batch_tokens)
-    order = sorted(range(len(lengths_tokens)), key=lambda index: -lengths_tokens[index])
-    return [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
-
-
-@contextmanager
-def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
-    """Context in which layers keep only their input for the backward pass and recompute everything else.
-
-    Models do this themselves only in training mode, which may enable dropout.
-    """
-    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        yield
-    finally:
-        for layer, forward in forwards:
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward
-
-
-@contextmanager
-def _accumulating(model: PreTrainedModel, parameters: Sequence[Parameter]) -> Iterator[dict[Parameter, torch.Tensor]]:
-    """Context in which the gradients of some parameters are accumulated in fp32 and stored nowhere else.
-
-    Args:
-        model: Its other parameters require no gradients in the meantime.
-        parameters: The parameters of interest; one may be listed several times, once for each of its parts.
-    """
-    sums = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
-
-    def add(parameter: Parameter) -> None:
-        if parameter.grad is not None:
-            sums[parameter] += parameter.grad
-            parameter.grad = None
-
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    hooks = []
-    for parameter in sums:
-        parameter.requires_grad_(True)
-        hooks.append(parameter.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
-    try:
-        yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, before in needed:
-            parameter.requires_grad_(before)
+    with gpu_failures("computing gradients"):
+        return accumulated_gradients(model, [parameter_of(target) for target in targets], options, inputs, listener)
 
 
 def parameter_of(target: MaskTarget) -> Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from mftctl.errors import ConfigError, OutputError
@@ -16,7 +16,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.delta.document import DeltaContents
 from mftctl.masking.delta.make import DeltaPlan, make_delta
 from mftctl.masking.delta.records import NamedModel
-from mftctl.masking.delta.selection import Selection
+from mftctl.masking.delta.selection import Select, Selection
 from mftctl.masking.delta.spool import delta_permit
 from mftctl.masking.mask import Mask, open_mask
 from mftctl.progress import Listener, Progress
@@ -34,6 +34,7 @@ def store_delta(
     Args:
         recipe: With the `delta` section.
         source: The fine-tuned model; a delta mask on it decides for the tensors in it, unless the recipe names one.
+            With `select` learned or fisher, the recipe's data decides.
         run: Open run; receives the file, which is also copied to the run's output path.
         listener: Receives progress updates.
         may_replace: Whether to replace a delta file at the run's output path.
@@ -50,7 +51,10 @@ def store_delta(
     base = known_base(source, options.base, key="delta.base", what="A delta file")
     run.update(inputs=source.as_inputs())
     mask_path = options.mask or source.mask
-    with nullcontext() if mask_path is None else open_mask(mask_path) as mask:
+    with ExitStack() as files:
+        mask = None if mask_path is None else files.enter_context(open_mask(mask_path))
+        if options.needs_data:
+            mask = _mask_by_data(recipe, source, base, run, listener)
         contents = make_delta(
             resolve_checkpoint(base),
             resolve_checkpoint(source.model, recipe.revision),
@@ -100,6 +104,21 @@ def keep_delta(contents: DeltaContents, state: str, base: str, run: Run, *, may_
     )
 
 
+def _mask_by_data(recipe: Recipe, source: ModelSource, base: str, run: Run, listener: Listener) -> Mask:
+    from mftctl.workflows.delta_masks import fisher_mask, learned_mask  # the trainer takes seconds to import
+
+    if source.mask is not None or not recipe.data:
+        raise ConfigError(
+            "Data decides which changes to keep, so it must be given, and no mask.",
+            key="delta.select",
+            expected="data, and a fine-tuned model without a mask",
+            actual="a mask" if source.mask is not None else "no data",
+            hint="--data FILE",
+        )
+    make = learned_mask if recipe.delta.select == "learned" else fisher_mask
+    return make(recipe, source, base, run, listener)
+
+
 def _plan(recipe: Recipe, mask: Mask | None, mask_path: str | None) -> DeltaPlan:
     options = recipe.delta
     if mask is not None and options.rescale:
@@ -110,7 +129,9 @@ def _plan(recipe: Recipe, mask: Mask | None, mask_path: str | None) -> DeltaPlan
             actual="true",
             hint="mask-train --method drop --strategy random --rescale makes a mask that rescales",
         )
-    selection = Selection(options.ratio, options.select, recipe.seed, mask, options.codec)
+    select: Select = "random" if options.select == "random" else "trivial"
+    name = options.select if options.needs_data else None
+    selection = Selection(options.ratio, select, recipe.seed, mask, options.codec, name)
     return DeltaPlan(selection, options.values, options.rescale, options.exclude, Path(mask_path or ""))
 
 

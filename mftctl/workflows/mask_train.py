@@ -27,6 +27,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
+from mftctl.masking.mask import Mask
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, find_device, frozen_dtype
@@ -104,6 +105,22 @@ def mask_train(
     with training_on_device("mask-train", recipe, options, run, listener) as room:
         searched = _search(recipe, source, run, listener, room, resume=resume)
         return _written(searched, recipe, source, run, may_replace=may_replace)
+
+
+def learn_delta_mask(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) -> Mask:
+    """Learns a delta mask for another command, which writes no file of its own.
+
+    Args:
+        recipe: Provides the `mask_train` section, of kind `delta`, the data and the seed.
+        source: The fine-tuned model.
+        run: Open run; receives metrics and checkpoints.
+        listener: Receives progress updates.
+
+    Raises:
+        MftError: As for `mask_train`.
+    """
+    with training_on_device("mask-train", recipe, recipe.mask_train, run, listener) as room:
+        return _mask(_search(recipe, source, run, listener, room, resume=False), recipe, source, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +227,18 @@ def _split(
     return known, parts[1]
 
 
+def _mask(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run) -> Mask:
+    """The mask with its metadata."""
+    search, metadata = searched.search, mask_metadata(recipe, source, run, searched.layers, searched.base)
+    checkpoint = search.inputs.checkpoint
+    return build_mask(searched.found.keep, search.targets, search.model, checkpoint, metadata, searched.pairs)
+
+
 def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run, *, may_replace: bool) -> MeasuredMask:
     """Writes the mask and returns the result."""
     search, found, options = searched.search, searched.found, recipe.mask_train
-    metadata = mask_metadata(recipe, source, run, searched.layers, searched.base)
-    mask = build_mask(found.keep, search.targets, search.model, search.inputs.checkpoint, metadata, searched.pairs)
     return MeasuredMask(
-        **keep_mask(mask, run, may_replace=may_replace).document(),
+        **keep_mask(_mask(searched, recipe, source, run), run, may_replace=may_replace).document(),
         state=mask_state(options),
         model=source.model,
         base=searched.base,

@@ -79,6 +79,8 @@ def _interpolation_problems(job: Job) -> Iterator[str]:
 def _delta_problems(job: Job) -> Iterator[str]:
     if job.recipe.delta.base is None and job.after is None:
         yield "delta needs the model before fine-tuning: put it after an fft stage, or set delta.base"
+    if job.recipe.delta.needs_data and not job.recipe.data:
+        yield f"delta.select {job.recipe.delta.select} needs training data (key data)"
     if _is_adapter(job.after):
         yield f"delta needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
 

@@ -96,7 +96,7 @@ def test_records_are_checked_before_a_model_is_loaded(mftctl: CommandLine, monke
     (mftctl.folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
     asked = ("eval", "tiny", "--data", "mixed.jsonl", "--set", "eval.max_length_tokens=64", "--no-generate")
     with monkeypatch.context() as patched:
-        patched.setattr("mftctl.workflows.eval.load_model", lambda *_, **__: pytest.fail("loaded"))
+        patched.setattr("mftctl.workflows.evaluation_engines.load_model", lambda *_, **__: pytest.fail("loaded"))
         refused = mftctl(*asked)
     assert refused.code == 1
     assert "The answer is empty" in refused.stderr

@@ -42,6 +42,7 @@ class Selection:
         mask: A delta mask of the same two checkpoints; it decides for the tensors in it, and the others are selected as
             stated above.
         codec: Codec of the stored bits.
+        mask_name: The method of the mask as stated in a delta file; by default that of its own metadata.
     """
 
     ratio: float = 0.0
@@ -49,6 +50,7 @@ class Selection:
     seed: int = 0
     mask: Mask | None = field(default=None)
     codec: Codec = "deflate"
+    mask_name: str | None = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -56,7 +58,7 @@ class Selection:
     @property
     def method(self) -> str:
         """The method as stated in a delta file."""
-        return self.select if self.mask is None else f"mask {self.mask.metadata.method}"
+        return self.select if self.mask is None else self.mask_name or f"mask {self.mask.metadata.method}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,8 +81,10 @@ def test_an_evaluation_uses_the_map_and_reports_it(
         return load_model(folder, dtype=dtype, device_map=dict.fromkeys(device_map, "cpu"))  # type: ignore[arg-type]
 
     size = stored_bytes(workspace / "tiny")
-    monkeypatch.setattr("mftctl.workflows.eval.gpu_map", lambda *found: spread_over(*found, {0: size, 1: size}))
-    monkeypatch.setattr("mftctl.workflows.eval.load_model", load)
+    monkeypatch.setattr(
+        "mftctl.workflows.evaluation_engines.gpu_map", lambda *found: spread_over(*found, {0: size, 1: size})
+    )
+    monkeypatch.setattr("mftctl.workflows.evaluation_engines.load_model", load)
     found = evaluate(recipe, source, run, notes).document()
     assert set(asked[0].values()) == {0, 1}
     assert [note for note in notes.notes if "its layers are on 2 GPUs" in note]
