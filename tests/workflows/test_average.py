@@ -116,6 +116,6 @@ def test_an_adapter_is_refused(sources: list[ModelSource], tmp_path: Path) -> No
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="LoRA adapter") as caught:
+    with pytest.raises(ModelError, match="holds an adapter") as caught:
         average_of(tmp_path / "runs", [sources[0], ModelSource(str(adapter))])
     assert caught.value.path == str(adapter)

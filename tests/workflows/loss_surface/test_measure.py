@@ -323,7 +323,7 @@ def test_an_adapter_is_refused(root: Path) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     continued.update(result={**continued.record.result, "model": str(adapter)})
-    with pytest.raises(ModelError, match="holds a LoRA adapter, but a whole model is needed"):
+    with pytest.raises(ModelError, match="holds an adapter, but a whole model is needed"):
         measure_surface(root, Silence(), points=POINTS, records=RECORDS)
 
 
