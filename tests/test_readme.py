@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 from mftctl import __version__
+from mftctl.data.formats import to_example
 from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.run_folder import list_runs
 from mftctl.reporting.reproduction import reproduction
 from tests.cli.running import CommandLine
 from tests.conftest import build_llama, build_tokenizer
 from tests.masking.built_checkpoints import write_tuned
+from tests.preference_records import write_preferences
 from tests.workflow_fixtures import write_additions
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +48,7 @@ RUN = {
     "docs/guides/benchmarks.md": ("Benchmarks", "During training"),
     "docs/guides/delta.md": ("A fine-tune as", "Smaller", "Merge", "PEFT"),
     "docs/guides/methods.md": ("Fine-tuning", "Adapters", "Masks", "Forgetting", "Inspect"),
+    "docs/guides/preferences.md": ("Preferences",),
     "docs/guides/recipes.md": ("Check before you train",),
     "docs/guides/report.md": ("Report",),
 }
@@ -171,6 +174,17 @@ def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
         run_all(own, block("docs/guides/methods.md", heading))
     assert (own.folder / "dropped" / "model.safetensors").is_file()
     assert (own.folder / "imported.bits").is_file()
+
+
+@pytest.mark.slow
+def test_preferences(own: CommandLine) -> None:
+    shutil.move(own.folder / "my-model", own.folder / "tuned")
+    write_preferences(own.folder / "pairs.jsonl", 60)
+    run_all(own, block("docs/guides/preferences.md", "Preferences"))
+    assert all((own.folder / name / "model.safetensors").is_file() for name in ("preferred", "gmt", "lora"))
+    assert (own.folder / "preferred.bits").is_file()
+    for record in block("docs/guides/preferences.md", "Data", "json").splitlines():
+        assert to_example(json.loads(record), "the guide").rejected
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def against_strongest(
     """
     paired = {}
     for name, others in groups.items():
-        if is_control(others[0].state) and _same_objective(others[0].state, group[0].state):
+        if is_control(others[0].state) and same_objective(others[0].state, group[0].state):
             pairs = [(other, item) for item in group for other in others if _saw_the_same(other, item)]
             if {item.seed for _, item in pairs} == {item.seed for item in group} and len(pairs) == len(group):
                 paired[name] = pairs
@@ -73,8 +73,13 @@ def against_strongest(
     return None
 
 
-def _same_objective(control: str, state: str) -> bool:
-    """True if both were trained on answers, or both on preferences."""
+def same_objective(control: str, state: str) -> bool:
+    """True if both states were trained on answers, or both on preferences.
+
+    Args:
+        control: Label of one state.
+        state: Label of the other.
+    """
     known = [known_state(label) for label in (control, state)]
     objectives = {one is not None and one.is_preference for one in known}
     return len(objectives) == 1

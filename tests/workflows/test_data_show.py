@@ -63,6 +63,17 @@ def test_a_record_as_the_model_sees_it(workspace: Path, tmp_path: Path) -> None:
     assert shown.records == 1
 
 
+def test_both_answers_of_a_preference(workspace: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", {"prompt": "1+1?", "chosen": "2", "rejected": "three"})
+    [record] = show(workspace, data).shown
+    assert [part.text for part in record.segments] == ["<|user|>1+1?<|end|><|assistant|>", "2<|end|>"]
+    assert [(part.text, part.is_answer) for part in record.rejected] == [("three<|end|>", True)]
+    assert (record.tokens, record.answer_tokens, record.cut_tokens) == (9 + 13, 2 + 6, 0)
+    [cut] = show(workspace, data, length=10).shown
+    assert [part.text for part in cut.rejected] == ["thr"]
+    assert (cut.tokens, cut.answer_tokens, cut.cut_tokens) == (9 + 10, 2 + 3, 3)
+
+
 def test_what_is_cut_off(workspace: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", qa("1+1?", "12345678"), qa("x" * 80, "2"))
     cut, long = show(workspace, data, length=10).shown

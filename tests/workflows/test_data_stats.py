@@ -139,6 +139,22 @@ def test_tokens_are_those_that_training_uses(workspace: Path, tmp_path: Path, le
     assert part.tokens.cut_tokens == whole.tokens - part.tokens.tokens
 
 
+@pytest.mark.parametrize("length", [10, 14, 64])
+def test_preferences_count_with_both_answers(workspace: Path, tmp_path: Path, length: int) -> None:
+    pairs = [{"prompt": "1+1?", "chosen": "2" * n, "rejected": "3" * (2 * n)} for n in range(1, 6)]
+    data = write(tmp_path / "d.jsonl", *pairs, {"prompt": "x" * 30, "chosen": "a", "rejected": "b"})
+    [part] = stats(workspace, length=length, test_data=[data]).parts
+    issues = RecordIssues()
+    examples = load_examples([DataSource(data)], issues=issues, kind="preferences")
+    used = encode_prepared(examples, Encoder(build_tokenizer()), length, issues, Silence()).records
+    assert part.tokens is not None
+    assert (part.tokens.tokens, part.tokens.answer_tokens) == (sum(used.tokens), sum(used.answer_tokens))
+    assert (part.tokens.truncated, part.tokens.overlong) == (issues.cut, issues.overlong)
+    assert part.preferences is not None
+    assert (part.preferences.records, part.preferences.chosen.most, part.preferences.rejected.most) == (6, 6, 11)
+    assert part.preferences.chosen.median == 3
+
+
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40))
 def test_percentiles_and_histogram(lengths: list[int]) -> None:
     found = lengths_of(np.array(lengths, np.int64))
