@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ class Behaviour:
         key: The API key that it asks for.
         failures: Statuses of the next completions; each is sent once.
         failing_from: Number of the completion from which on all of them fail with status 500.
+        interrupting_at: Number of the completion at which Ctrl-C is pressed; it and all later ones get no answer.
         most_tokens: Where it cuts every answer.
         begins_texts: Whether it adds a token to prompts that are texts.
         body: Sent in place of every completion.
@@ -42,6 +45,7 @@ class Behaviour:
     key: str | None = None
     failures: list[int] = field(default_factory=list)
     failing_from: int | None = None
+    interrupting_at: int | None = None
     most_tokens: int | None = None
     begins_texts: bool = False
     body: str | None = None
@@ -65,7 +69,7 @@ class Completions(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.most_at_once = 0
         self.at_once = 0
-        self.is_closing = False
+        self.closing = threading.Event()
         self.counting, self.computing = threading.Lock(), threading.Lock()
 
     def handle_error(self, *_: object) -> None:
@@ -88,7 +92,7 @@ def serving(
     try:
         yield server
     finally:
-        server.is_closing = True
+        server.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -128,11 +132,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _complete(self, body: dict[str, Any]) -> None:
         how = self.server.behaviour
-        if self.path != "/v1/completions" or (how.models and body["model"] not in how.models):
+        number = len(self.server.asked)
+        if how.interrupting_at is not None and number >= how.interrupting_at:
+            if number == how.interrupting_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            self.server.closing.wait()
+        elif self.path != "/v1/completions" or (how.models and body["model"] not in how.models):
             self._refuse(404, "no such model")
         elif how.failures:
             self._refuse(how.failures.pop(0), "try again")
-        elif how.failing_from is not None and len(self.server.asked) > how.failing_from:
+        elif how.failing_from is not None and number > how.failing_from:
             self._refuse(500, "out of order")
         elif how.body is not None:
             self._reply(200, how.body)
@@ -193,7 +202,7 @@ def _completion(server: Completions, body: dict[str, Any]) -> dict[str, Any]:
 def _continue(server: Completions, prompt: list[int], most: int, body: dict[str, Any]) -> tuple[list[int], str]:
     ends = {server.tokenizer.eos_token_id, *body.get("stop_token_ids", ())}
     new: list[int] = []
-    while len(new) < most and not server.is_closing:
+    while len(new) < most and not server.closing.is_set():
         token = int(server.model(torch.tensor([[*prompt, *new]])).logits[0, -1].argmax())
         if token in ends:
             return new, "stop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,26 @@ def test_an_evaluation_goes_on_when_its_server_is_back(
     again = mftctl(*command, "--json", "--runs", "other")
     metrics = [json.loads(outcome.stdout)["datasets"][0]["metrics"] for outcome in (resumed, again)]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_requests_that_get_no_answer(
+    mftctl: CommandLine, workspace: Path, server: Completions, task: tuple[object, ...]
+) -> None:
+    command = ("eval", workspace / "tiny", *SERVER, "--base-url", server.url, "--concurrent-requests", 2, *task)
+    server.behaviour.interrupting_at = 6
+    start_seconds = time.monotonic()
+    stopped = mftctl(*command)
+    assert stopped.code == 130
+    assert "--resume" in stopped.stderr
+    assert time.monotonic() - start_seconds < 60  # the client waits for an answer much longer than this
+    [run], _ = list_runs(mftctl.folder / "runs")
+    assert run.record.status == RunStatus.INTERRUPTED
+
+    server.behaviour.interrupting_at = None
+    before = len(server.answered)
+    assert mftctl(*command, "--resume").code == 0
+    assert 0 < len(server.answered) - before < PROBLEMS
 
 
 def test_the_served_model_must_be_named(mftctl: CommandLine) -> None:

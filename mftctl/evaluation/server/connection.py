@@ -90,7 +90,8 @@ class Connection:
                     running[self._start(request, self._client)] = index
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=lambda future: future.exception() is not None):  # answers are kept
                     yield running.pop(future), future.result()
         finally:
             for future in running:
