@@ -60,7 +60,7 @@ PARSED = {
     "docs/guides/tracking.md": ("Experiment trackers",),
     "docs/reference/differences.md": ("Differences",),
 }
-"""Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub, a server, or what another block runs already."""
+"""Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub or a server, or run elsewhere already."""
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:
