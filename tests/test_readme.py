@@ -60,10 +60,11 @@ PARSED = {
     "docs/guides/methods.md": ("Choosing layers", "Schedules", "The best step"),
     "docs/guides/multi-gpu.md": ("Several GPUs",),
     "docs/guides/recipes.md": ("Recipes", "Controls"),
+    "docs/guides/serving.md": ("Serving", "vLLM", "llama.cpp"),
     "docs/guides/tracking.md": ("Experiment trackers",),
     "docs/reference/differences.md": ("Differences",),
 }
-"""Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub, or what another block runs already."""
+"""Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub or a server, or run elsewhere already."""
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:
