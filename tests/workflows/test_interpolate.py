@@ -229,7 +229,8 @@ def test_an_adapter_is_refused(workspace: Path, source: ModelSource, tmp_path: P
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": source.origin}))
-    refused(ModelError, "holds an adapter", tmp_path / "runs", recipe_of(workspace), replace(source, model=str(adapter)))
+    adapted = replace(source, model=str(adapter))
+    refused(ModelError, "holds an adapter", tmp_path / "runs", recipe_of(workspace), adapted)
     recipe = recipe_of(workspace, interpolate__base=str(adapter))
     refused(ModelError, "holds an adapter", tmp_path / "runs", recipe, source)
 
