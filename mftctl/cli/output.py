@@ -89,10 +89,13 @@ class Output:
         if not self._messages.is_terminal:
             self._tell_tenths(state, details)
             return
-        if state.task not in self._tasks:
+        is_new = state.task not in self._tasks
+        if is_new:
             self._tasks[state.task] = self._bars.add_task(state.task, total=state.total, speed="")
         task = self._tasks[state.task]
         self._bars.update(task, completed=state.done, total=state.total, speed=details)
+        if is_new and self._live.is_started:
+            self._live.refresh()  # even a task shorter than the interval between refreshes is seen
         if state.total is not None and state.done >= state.total:
             self._bars.remove_task(self._tasks.pop(state.task))
 

@@ -116,3 +116,16 @@ def test_colours_of_our_own_still_reach_a_terminal() -> None:
     code = "prepare_streams()\nfrom rich.console import Console\n"
     code += "Console(stderr=True, force_terminal=True, color_system='standard').print('[red]x[/]')"
     assert run_python(code, TERM="xterm", NO_COLOR="").stderr == b"\x1b[31mx\x1b[0m\n"
+
+
+def test_even_a_short_task_is_seen_on_a_terminal() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        messages = io.StringIO()
+        patch.setattr("sys.stderr", messages)
+        patch.setattr(messages, "isatty", lambda: True)
+        patch.setenv("TERM", "xterm")
+        with Output() as console:
+            console.progress(Progress("training", 1, 2, loss=1.5))
+            console.progress(Progress("training", 2, 2))
+    assert "training" in messages.getvalue()
+    assert "loss 1.5000" in messages.getvalue()

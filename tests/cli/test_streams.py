@@ -129,20 +129,20 @@ def test_a_closed_pipe_of_messages_does_not_end_a_training(
 def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_path: Path) -> None:
     """Both streams are a terminal with live bars that closes during training; the process ignores SIGHUP."""
     master, terminal = pty.openpty()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "mftctl", *training(workspace)],
         cwd=tmp_path,
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    os.close(terminal)
-    shown = b""
-    while b"training" not in shown:
-        shown += os.read(master, 4096)
-    os.close(master)
-    assert process.wait(timeout=240) == 0
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        while b"training" not in shown:
+            shown += os.read(master, 4096)
+        os.close(master)
+        assert process.wait(timeout=240) == 0
     assert len(load_mask(tmp_path / "mask.bits"))
     assert '"status": "finished"' in (tmp_path / "runs" / "001-mask-train" / "run.json").read_text()
 
