@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from mftctl.experiments.mask_results import MaskTrainResult
 from mftctl.experiments.model_source import ModelSource, model_for_training, source_to_measure
 from mftctl.experiments.outputs import check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
-from mftctl.experiments.results import EvalResult, FftResult, MaskTrainResult, Result
+from mftctl.experiments.results import EvalResult, FftResult, Result
 from mftctl.experiments.tracking.names import warn_of_missing
 from mftctl.files.atomic import Permit
 from mftctl.files.ownership import Kind, permit_folder

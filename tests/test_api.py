@@ -10,7 +10,8 @@ import pytest
 import mftctl
 from mftctl import Finished, Recipe, evaluate, fine_tune, learn_mask, load_mask, load_recipe
 from mftctl.errors import ConfigError, OutputError
-from mftctl.experiments.results import FftResult, MeasuredMask
+from mftctl.experiments.mask_results import MeasuredMask
+from mftctl.experiments.results import FftResult
 from mftctl.progress import Progress
 from tests.cli.running import CommandLine
 from tests.workflow_fixtures import make_recipe

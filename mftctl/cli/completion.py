@@ -67,7 +67,7 @@ def _runs_folder(context: typer.Context) -> Path:
 
 
 def _probed_layers(root: Path) -> list[str]:
-    from mftctl.experiments.results import GroupProbe
+    from mftctl.experiments.probe_results import GroupProbe
     from mftctl.experiments.run_folder import newest_run
 
     try:

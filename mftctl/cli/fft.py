@@ -10,9 +10,9 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table, retained_rows, reward_rows
 from mftctl.cli.session import Session
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import FftOptions
 from mftctl.files.ownership import Kind, permit_folder
 from mftctl.workflows.command_run import run_to_end
 from mftctl.workflows.multi_process.process_count import settle_launch

@@ -11,9 +11,9 @@ from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table, retained_rows, reward_rows
 from mftctl.cli.session import Session, mask_file_permit
-from mftctl.experiments.results import DroppedMask, MaskTrainResult, MeasuredMask
+from mftctl.experiments.mask_results import DroppedMask, MaskTrainResult, MeasuredMask
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.workflows.command_run import run_to_end
 from mftctl.workflows.multi_process.process_count import settle_launch
 

@@ -18,9 +18,11 @@ from mftctl.cli import completion
 from mftctl.data.prepared.cache_folder import OFF as CACHE_OFF
 from mftctl.data.prepared.cache_folder import VARIABLE as CACHE
 from mftctl.errors import ConfigError
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import AUTO, MaskTrainOptions
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_yaml import parse_yaml
-from mftctl.experiments.training_options import AUTO, FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.workflows.multi_process.process_count import Shard
 
 INPUT = "Input and output"

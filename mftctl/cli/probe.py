@@ -14,8 +14,9 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.cli.structure_view import structure_tables
+from mftctl.experiments.probe_results import FastProbe, Group, GroupProbe, ProbeResult, StructureProbe, TrainedProbe
 from mftctl.experiments.recipe import EvalOptions, ProbeOptions
-from mftctl.experiments.results import FastProbe, Group, GroupProbe, ProbeResult, Score, StructureProbe, TrainedProbe
+from mftctl.experiments.results import Score
 from mftctl.experiments.run_folder import Run
 from mftctl.text import counted
 from mftctl.workflows.command_run import run_to_end

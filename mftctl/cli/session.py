@@ -14,11 +14,12 @@ from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import StorageError
 from mftctl.experiments.combined_results import InterpolateResult
 from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE
+from mftctl.experiments.mask_results import MaskTrainResult
 from mftctl.experiments.model_source import ModelSource, model_for_training, recommended_layers
 from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe
-from mftctl.experiments.results import FftResult, MaskTrainResult
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, newest_run
 from mftctl.experiments.run_inputs import Source
 from mftctl.experiments.tracking.names import warn_of_missing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from mftctl.experiments.results import StructureProbe
+from mftctl.experiments.probe_results import StructureProbe
 from mftctl.experiments.run_folder import Run
 
 

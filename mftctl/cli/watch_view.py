@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import Output
-from mftctl.experiments.results import group_text
+from mftctl.experiments.probe_results import group_text
 from mftctl.experiments.run_record import RunStatus
 from mftctl.files.json_files import json_text
 from mftctl.reporting.watch import Following, RunProgress

@@ -13,14 +13,16 @@ from pydantic import ValidationError
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_origin import told_origin, was_trained
+from mftctl.experiments.probe_results import Recommended
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import MadeState, Outcome, Recommended
+from mftctl.experiments.results import MadeState, Outcome
 from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
 from mftctl.experiments.run_inputs import Lineage, RunInputs, Source, UsedModel
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 MODEL_MAKERS = ("fft", "apply", "average", "interpolate", "delta-merge")
 """Commands that write a checkpoint."""

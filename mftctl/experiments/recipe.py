@@ -18,10 +18,11 @@ from mftctl.data.record_issues import BadRecords
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 from mftctl.experiments.delta_options import DeltaOptions
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import LayersText, MaskTrainOptions
 from mftctl.experiments.presets import DEFAULT_GROUPS, GroupSize, probe_in_force, without_nulls
 from mftctl.experiments.section import Section
 from mftctl.experiments.tracking.names import TrackerName
-from mftctl.experiments.training_options import FftOptions, LayersText, MaskTrainOptions
 from mftctl.runtime.compute_settings import Attention
 
 

@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mftctl.experiments.combined_results import AverageResult, DeltaResult, InterpolateResult, MergeResult
-from mftctl.experiments.results import (
-    ApplyResult,
-    EvalResult,
-    FftResult,
-    MaskTrainResult,
-    Outcome,
-    ProbeResult,
-    Result,
-    SurfaceResult,
-)
+from mftctl.experiments.mask_results import MaskTrainResult
+from mftctl.experiments.probe_results import ProbeResult
+from mftctl.experiments.results import ApplyResult, EvalResult, FftResult, Outcome, Result, SurfaceResult
 
 RESULTS: Mapping[str, type[Result]] = {
     "fft": FftResult,

@@ -9,8 +9,9 @@ from itertools import product
 from typing import Final, get_args
 
 from mftctl.experiments.delta_options import DeltaOptions, DeltaValues
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.presets import PresetName
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 
 class StateKind(Enum):

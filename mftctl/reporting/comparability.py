@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.results import MeasuredData
 from mftctl.experiments.run_folder import SOURCE, Run
 from mftctl.experiments.run_inputs import RunInputs
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS: dict[str, tuple[str, type[BaseModel]]] = {
     "fft": ("fft", FftOptions),

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from mftctl.errors import RunError
-from mftctl.experiments.results import MeasuredMask, Outcome
+from mftctl.experiments.mask_results import MeasuredMask
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.masking.mask import Mask

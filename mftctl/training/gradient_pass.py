@@ -15,7 +15,7 @@ from mftctl.data.batching import PaddingCollator, pad_token_id
 from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.inference import length_batches
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.targets import decoder_layers
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import add_up

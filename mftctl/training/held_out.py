@@ -15,8 +15,8 @@ from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation.losses import RecordLoss, mean_loss
 from mftctl.evaluation.statistics import paired_difference
-from mftctl.experiments.results import Confirmation
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_results import Confirmation
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.dtypes import bits
 from mftctl.masking.masked_values import mask_in_place
 from mftctl.masking.targets import MaskTarget

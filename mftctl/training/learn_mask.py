@@ -9,27 +9,19 @@ import torch
 
 from mftctl.errors import TrainingError
 from mftctl.evaluation.losses import mean_loss
+from mftctl.experiments.mask_results import Flips
 from mftctl.experiments.measured_lines import MetricsLine
-from mftctl.experiments.results import Flips, RetainedLosses
+from mftctl.experiments.results import RetainedLosses
 from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
 from mftctl.masking.checkpoints.outlines import Rows, StoredWeights
 from mftctl.masking.full_tensor import whole_shape
-from mftctl.masking.layers import (
-    attach_masks,
-    detach_masks,
-    keep_no_products,
-    masked_layers,
-)
+from mftctl.masking.layers import attach_masks, detach_masks, keep_no_products, masked_layers
 from mftctl.masking.mask_file.codecs import count_kept, unpack
 from mftctl.masking.targets import MaskTarget
 from mftctl.runtime.peak_memory import free_unreachable
 from mftctl.runtime.stop_request import stop_on_signal
 from mftctl.training.held_out import masked, validation_loss
-from mftctl.training.loop import (
-    step_size,
-    train,
-    training_arguments,
-)
+from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.mask_search import FoundMask, MaskSearch
 from mftctl.training.score_trainer import ScoreTrainer
 

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from mftctl.data.encoding import Encoded
 from mftctl.data.seen_records import seen_records
 from mftctl.evaluation.losses import RecordLoss
+from mftctl.experiments.mask_results import Flips
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import Flips, RetainedLosses, Rewards, Score
+from mftctl.experiments.results import RetainedLosses, Rewards, Score
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_folder import TrainingFolder
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.rule import MaskRule

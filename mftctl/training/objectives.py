@@ -14,8 +14,9 @@ from mftctl.data.examples import IGNORED_LABEL
 from mftctl.evaluation.inference import OnProgress
 from mftctl.evaluation.losses import RecordLoss, sample_losses
 from mftctl.evaluation.preferences import DpoLoss, PreferenceLoss, answer_scores, mean_rewards, preference_losses
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.results import Rewards
-from mftctl.experiments.training_options import MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.training.answer_loss import answer_loss, record_shares, token_losses
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.results import PrefixReuse
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.targets import decoder_layers
 from mftctl.runtime.memory import available_bytes
 from mftctl.runtime.processes import local_world_size, world_size

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.layers import DEFAULT_START_STD, initial_scores, kaiming_bound
 from mftctl.masking.targets import MaskTarget
 from mftctl.training.schedule import schedule_factors

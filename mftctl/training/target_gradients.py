@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener
 from mftctl.runtime.torch_failures import gpu_failures

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from mftctl.errors import ChangedDataError, ConfigError, MaskMismatchError
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.fingerprints import file_digest
 from mftctl.experiments.run_inputs import RunInputs
-from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.load_weights import stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from mftctl.errors import RunError
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.run_contents import read_part
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.experiments.value_types import Number, Part
 from mftctl.files.atomic import write_text
 from mftctl.masking.budget import counts_in_budget

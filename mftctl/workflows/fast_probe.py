@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from mftctl.errors import RunError
 from mftctl.evaluation.losses import exact_sum
-from mftctl.experiments.results import Agreement, TrainedProbe
+from mftctl.experiments.mask_train_options import MaskTrainOptions
+from mftctl.experiments.probe_results import Agreement, TrainedProbe
 from mftctl.experiments.run_folder import list_runs
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.run_record import RunStatus
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.selection import removed_count
 from mftctl.masking.target_groups import TargetGroup
 from mftctl.masking.targets import MaskTarget, find_targets

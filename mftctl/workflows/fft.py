@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.seen_records import save_seen, seen_records
 from mftctl.errors import TrainingError
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult, RetainedLosses
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs, TrainedSupport
 from mftctl.experiments.state_names import fine_tuned_state
-from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.load import load_model, load_to_share
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.progress import Listener

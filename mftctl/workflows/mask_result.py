@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 
 from mftctl.errors import OutputError
+from mftctl.experiments.mask_results import KeptMask
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import KeptMask
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.mask import Mask, mask_permit, save_mask
 from mftctl.masking.mask_file.document import MaskMetadata

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
 from mftctl.evaluation.losses import mean_loss
+from mftctl.experiments.mask_results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_source import ModelSource, known_base
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask, PrefixReuse
+from mftctl.experiments.results import PrefixReuse
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.apply_in_memory import target_names
 from mftctl.masking.checkpoints.build_mask import build_mask
 from mftctl.masking.checkpoints.delta_mask import drop_mask

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mftctl.errors import ConfigError
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_source import ModelSource, known_base
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.runtime.process_group import shares_weights
 
 

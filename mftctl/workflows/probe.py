@@ -16,25 +16,18 @@ from mftctl.data.encoding import EncodedRecords
 from mftctl.errors import Interrupted
 from mftctl.evaluation.losses import mean_loss
 from mftctl.evaluation.score_choice import LOSS
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_source import ModelSource
+from mftctl.experiments.probe_results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe, group_text
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe, group_text
 from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_folder import TrainingFolder
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
 from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.target_groups import TargetGroup, groups_by_projection
-from mftctl.masking.targets import (
-    MaskTarget,
-    decoder_layers,
-    find_targets,
-    format_layers,
-    layer_groups,
-    parse_layers,
-)
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.progress import Listener
 from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import forget_plan, shares_weights, wait_for_all

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from mftctl.experiments.model_source import ModelSource
+from mftctl.experiments.probe_results import HeadOrNeuron, LayerOfUnits, StructureProbe
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import HeadOrNeuron, LayerOfUnits, StructureProbe
 from mftctl.experiments.run_folder import Run
 from mftctl.files.atomic import write_text
 from mftctl.masking.heads_and_neurons import Units, heads_of, neurons_of

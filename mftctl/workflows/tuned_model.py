@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.errors import OutputError, StorageError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.model_origin import ModelOrigin, origin_of
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import fine_tuned_state
-from mftctl.experiments.training_options import FftOptions
 from mftctl.files.atomic import atomic_folder, known_failures
 from mftctl.files.ownership import Kind, permit_folder, write_marker
 from mftctl.masking.checkpoints.carried_parts import carry_over, parts_left_out

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import LlamaConfig
 
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.training.inputs import TrainingInputs
 from mftctl.workflows.planning.batches import batches_of
 from mftctl.workflows.planning.memory import estimate_memory

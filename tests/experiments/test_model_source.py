@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from mftctl.errors import ConfigError, RunError
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_source import (
     ModelSource,
     Recommendation,
@@ -25,7 +27,6 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, PRE_TRAINED, fine_tuned_state, mask_state
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from tests.partial_results import partial_result
 
 

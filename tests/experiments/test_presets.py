@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.presets import (
     DEFAULT_FROZEN_RATIO,
     DEFAULT_PATIENCE,
@@ -14,7 +16,6 @@ from mftctl.experiments.presets import (
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe, with_changes
 from mftctl.experiments.run_config import as_given, to_document
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 
 def test_a_null_leaves_an_option_unset() -> None:

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ValidationError
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import deciding_keys, in_names_of_today
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO
 from mftctl.experiments.recipe import EvalOptions, Recipe, Stage
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recipe_yaml import read_yaml
 from mftctl.experiments.run_config import to_document
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 # Letters only: YAML reads an unquoted text such as 1e5 as a number.
 TEXT = st.text("abcxyzäß -_/.:'\"#", min_size=1)

@@ -12,22 +12,11 @@ from pydantic import ValidationError
 
 from mftctl.errors import RunError
 from mftctl.experiments.combined_results import AverageResult, InterpolateResult, ShareLoss
+from mftctl.experiments.mask_results import DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.model_source import recommendation_of, source_of_run
+from mftctl.experiments.probe_results import FastProbe, ProbeResult, TrainedGroup, TrainedProbe
 from mftctl.experiments.result_kinds import read_result
-from mftctl.experiments.results import (
-    ApplyResult,
-    DroppedMask,
-    EvalResult,
-    FastProbe,
-    FftResult,
-    MaskTrainResult,
-    MeasuredMask,
-    Outcome,
-    ProbeResult,
-    Result,
-    TrainedGroup,
-    TrainedProbe,
-)
+from mftctl.experiments.results import ApplyResult, EvalResult, FftResult, Outcome, Result
 from mftctl.experiments.run_contents import metrics_lines, read_part, sample_lines
 from mftctl.experiments.run_folder import create_run, list_runs, load_run
 from mftctl.experiments.run_record import FORMAT_VERSION, RunStatus

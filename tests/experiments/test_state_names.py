@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.state_names import (
     AVERAGED,
     CONTINUED_FFT,
@@ -18,7 +20,6 @@ from mftctl.experiments.state_names import (
     mask_state,
     place_of,
 )
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 
 @pytest.mark.parametrize("state", [*STATE_ORDER, State(StateKind.WRITTEN)], ids=lambda state: state.label)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError, DeviceMemoryError, StorageError, TrainingError
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, load_run
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.masking.checkpoints.load import evaluation_dtype
 from mftctl.masking.selection import keep_highest
 from mftctl.progress import Silence

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.layers import attach_masks, initial_scores
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import find_targets

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mftctl.experiments.results import Confirmation
+from mftctl.experiments.mask_results import Confirmation
 from mftctl.progress import Silence
 from mftctl.training.held_out import confirm
 from mftctl.training.learn_mask import find_mask

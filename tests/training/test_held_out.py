@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.targets import find_targets
 from mftctl.training.held_out import masked, split_validation_records
 from tests.masking.architectures import ARCHITECTURES, build

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mftctl.errors import Interrupted
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.tensors import read_tensor, tensor_index
 from mftctl.masking.mask import Mask, load_mask
 from mftctl.masking.selection import removed_count

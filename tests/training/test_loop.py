@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.progress import Silence
 from mftctl.training import loop
 from mftctl.training.loop import latest_checkpoint

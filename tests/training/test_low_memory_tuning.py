@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from mftctl.errors import ConfigError, Interrupted
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.jobs import spell_out
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints import quantization
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.training import prefix_cache
 from mftctl.training.prefix_cache import hidden_states
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.mask import load_mask

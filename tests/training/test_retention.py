@@ -20,10 +20,11 @@ from mftctl.data.retained import split_retained
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, DataError, Interrupted, ModelError
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_results import MeasuredMask
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.results import FftResult, MeasuredMask, RetainedLosses
+from mftctl.experiments.results import FftResult, RetainedLosses
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.progress import Silence
 from mftctl.training import retention as module

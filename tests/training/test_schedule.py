@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.progress import Silence
 from mftctl.training.loop import training_arguments
 from mftctl.training.schedule import (

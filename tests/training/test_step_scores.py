@@ -10,9 +10,10 @@ import pytest
 
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.deciding_keys import deciding_keys
+from mftctl.experiments.mask_results import MeasuredMask
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.results import FftResult, MeasuredMask, Score
+from mftctl.experiments.results import FftResult, Score
 from mftctl.experiments.run_folder import Run
 from mftctl.progress import Silence
 from mftctl.training.candidates import Candidate, best_candidate, log_entry, logged_candidates

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mftctl.errors import ConfigError, Interrupted
+from mftctl.experiments.mask_results import MeasuredMask
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.results import FftResult, MeasuredMask
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.mask import open_mask
 from mftctl.progress import Silence

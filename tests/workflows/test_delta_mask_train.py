@@ -17,8 +17,9 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, Interrupted, MaskMismatchError, ModelError
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.experiments.mask_results import MaskTrainResult, MeasuredMask
 from mftctl.experiments.model_source import ModelSource, source_of_run
-from mftctl.experiments.results import MaskTrainResult, MeasuredMask, Score
+from mftctl.experiments.results import Score
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder

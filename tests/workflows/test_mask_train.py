@@ -17,8 +17,8 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, Interrupted, MaskingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
 from mftctl.masking.checkpoints.tensors import tensor_digest, tensor_index

@@ -19,10 +19,11 @@ from mftctl.data.encoding import Encoded
 from mftctl.data.formats import to_example
 from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import ConfigError, DataError, Interrupted
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_results import MaskTrainResult, MeasuredMask
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.results import FftResult, MaskTrainResult, MeasuredMask
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.progress import Silence
 from mftctl.training.reference import turn_off_dropout

@@ -12,7 +12,7 @@ import torch
 
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.model_source import recommendation_of, recommended_layers
-from mftctl.experiments.results import ProbeResult, StructureProbe
+from mftctl.experiments.probe_results import ProbeResult, StructureProbe
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import Interrupted
-from mftctl.experiments.results import group_text
+from mftctl.experiments.probe_results import group_text
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.tracking.feed import Feed, failed_text

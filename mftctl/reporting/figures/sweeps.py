@@ -10,12 +10,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import RunError
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.results import MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Parents
 from mftctl.experiments.state_names import STATE_ORDER
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.reporting.figures.style import (
     INK,
     Figure,

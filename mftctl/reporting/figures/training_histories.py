@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mftctl.errors import RunError
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.results import EvalResult, MadeState, Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Lineage, Parents, RunInputs, StartingState
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import FFT, fine_tuned_state, known_state, mask_state
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
 _WITHOUT_TRAINING = ("-apply", "-average", "-interpolate")

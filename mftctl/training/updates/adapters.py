@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.checkpoints.mask_support import kept_positions, read_support
 from mftctl.masking.checkpoints.quantization import is_quantized, merge_into_dequantized
 from mftctl.masking.checkpoints.sparse_adapters import ADAPTER

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.targets import find_targets, linear_projections
 
 

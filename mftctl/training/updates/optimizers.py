@@ -8,7 +8,7 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.checkpoints.quantization import require_bitsandbytes
 from mftctl.runtime.processes import spreads_parameters, under_deepspeed
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mftctl.errors import ConfigError, MaskMismatchError
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.checkpoints.sparse_adapters import ADAPTER, rely_on_positions, shared_sparsity, super_tuning_layers
 from mftctl.masking.selection import keep_highest, removed_count
 from mftctl.masking.targets import linear_projections

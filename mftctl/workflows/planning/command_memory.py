@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import MftError
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.masking.target_groups import largest_kind
 from mftctl.masking.targets import Target, find_targets, layer_groups, parse_layers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import EvalOptions
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.training.schedule import records_per_step, smaller_batch_sizes
 
 _KEYS = {

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.mask_file.codecs import packed_size_bytes
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget

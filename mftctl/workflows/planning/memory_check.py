@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import DeviceMemoryError, ModelError
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.training_options import MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
 from mftctl.masking.checkpoints.meta_models import count_layers, read_config
 from mftctl.progress import Listener

@@ -10,9 +10,10 @@ from enum import StrEnum
 from typing import Any
 
 from mftctl.errors import ConfigError
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
-from mftctl.experiments.training_options import FftOptions, TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.targets import format_layers
 from mftctl.training.schedule import records_per_step, smaller_batch_sizes
 from mftctl.workflows.planning.memory import MemoryEstimate

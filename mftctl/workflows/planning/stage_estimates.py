@@ -14,9 +14,11 @@ from mftctl.data.seen_records import records_to_learn_from
 from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
 from mftctl.evaluation.generation import default_max_new_tokens
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.jobs import Job
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.target_groups import largest_kind
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
 from mftctl.text import counted

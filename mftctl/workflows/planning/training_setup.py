@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.device_selection import selection_workspace_bytes
 from mftctl.masking.hub_masks import local_mask
 from mftctl.masking.layers import attach_masks, keep_no_products, masked_layers

@@ -14,7 +14,7 @@ from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mftctl.errors import ModelError
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.checkpoints.adapters import adapter_method
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.sparse_adapters import (

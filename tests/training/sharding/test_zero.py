@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.run_inputs import RunInputs
-from mftctl.experiments.training_options import FftOptions
 from mftctl.training.sharding.zero import check_plan
 from mftctl.training.updates.optimizers import check_memory_options
 from mftctl.workflows.adapted_model import check_adapter

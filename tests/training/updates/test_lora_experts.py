@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mftctl.errors import ConfigError, Interrupted
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.run_folder import Run, create_run
-from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.progress import Silence
 from mftctl.workflows.fft import fine_tune

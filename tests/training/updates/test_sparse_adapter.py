@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.fft_options import FftOptions
 from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.masking.checkpoints.sparse_adapters import trained_positions
 from mftctl.masking.targets import linear_projections

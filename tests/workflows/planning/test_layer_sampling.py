@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, GPT2Config, PreTrainedConfig
 
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.workflows.planning import memory
 from mftctl.workflows.planning.allocation_meter import Event, Stretch

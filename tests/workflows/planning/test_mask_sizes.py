@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mftctl.experiments.training_options import MaskTrainOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.masking.mask import save_mask
 from mftctl.masking.mask_file.codecs import encode, pack

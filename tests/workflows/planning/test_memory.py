@@ -17,7 +17,8 @@ import torch
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import MaskingError, ModelError
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.checkpoints.meta_models import read_config
 from mftctl.training.inputs import prepare_training
 from mftctl.training.updates.stochastic_adamw import step_workspace_bytes
