@@ -337,10 +337,10 @@ class Recipe(Section):
         description="Also send metrics to wandb, tensorboard, trackio or mlflow; repeatable. none: to none of them.",
     )
     fft: FftOptions = FftOptions()
+    delta: DeltaOptions = DeltaOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()
     interpolate: InterpolateOptions = InterpolateOptions()
-    delta: DeltaOptions = DeltaOptions()
     eval: EvalOptions = EvalOptions()
     stages: dict[str, Stage] = Field(default_factory=dict)
     controls: tuple[Control, ...] = Field(

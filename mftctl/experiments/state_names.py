@@ -168,6 +168,12 @@ _TABLE: Final = {
     State(StateKind.SALIENT_DROP): "salient drop",
     State(StateKind.RANDOM_DROP): "random drop",
     State(StateKind.DARE): "DARE",
+    **{
+        State(StateKind.DELTA, values=values, is_rescaled=is_rescaled): f"delta {values}{' rescaled' * is_rescaled}"
+        for values in get_args(DeltaValues)
+        for is_rescaled in (False, True)
+    },
+    State(StateKind.MERGED_DELTAS): "merged deltas",
     State(StateKind.RANDOM_MASK): "random mask",
     State(StateKind.L1_MASK): "L1 mask",
     State(StateKind.L1_ROW_MASK): "L1 row mask",
@@ -175,12 +181,6 @@ _TABLE: Final = {
     State(StateKind.RANDOM_MASK, is_delta=True): "random mask delta",
     State(StateKind.L1_MASK, is_delta=True): "L1 mask delta",
     **_learned_masks(is_delta=True),
-    **{
-        State(StateKind.DELTA, values=values, is_rescaled=is_rescaled): f"delta {values}{' rescaled' * is_rescaled}"
-        for values in get_args(DeltaValues)
-        for is_rescaled in (False, True)
-    },
-    State(StateKind.MERGED_DELTAS): "merged deltas",
     State(StateKind.MASKED): "masked",
 }
 """Labels in the order of the papers' tables."""

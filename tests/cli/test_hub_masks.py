@@ -112,6 +112,7 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, masked: CommandLine, monkeypatch
 @pytest.mark.parametrize("name", ["runs/001/mask.bits", "mask.bits", "../masks/a.bits", "/tmp/x/y"])
 def test_paths_are_not_looked_up(name: str) -> None:
     assert local_mask(name) == Path(name)
+    assert local_mask(name.replace(".bits", ".delta")) == Path(name.replace(".bits", ".delta"))
 
 
 def test_private_without_a_repository_to_push_to(mftctl: CommandLine) -> None:

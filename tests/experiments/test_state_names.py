@@ -6,6 +6,7 @@ import pytest
 
 from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.mask_train_options import MaskTrainOptions
+from mftctl.experiments.delta_options import DeltaOptions
 from mftctl.experiments.state_names import (
     AVERAGED,
     CONTINUED_FFT,
@@ -15,6 +16,7 @@ from mftctl.experiments.state_names import (
     STATE_ORDER,
     State,
     StateKind,
+    delta_state,
     fine_tuned_state,
     known_state,
     mask_state,
@@ -107,6 +109,23 @@ def test_delta_masks_are_named_and_told_apart_from_drops(options: dict[str, Any]
     weight = known_state(mask_state(MaskTrainOptions.model_validate(options)))
     assert weight is not None
     assert not weight.resets
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "delta exact"),
+        ({"values": "sign", "ratio": 0.5}, "delta sign"),
+        ({"values": "int8", "select": "random", "rescale": True}, "delta int8 rescaled"),
+    ],
+    ids=str,
+)
+def test_delta_files_are_named_by_their_values(options: dict[str, Any], label: str) -> None:
+    assert delta_state(DeltaOptions.model_validate(options)) == label
+    state = known_state(label)
+    assert state is not None
+    assert (state.kind, state.is_update, state.resets, state.is_mft) == (StateKind.DELTA, False, False, False)
+    assert place_of("DARE") < place_of(label) < place_of("merged deltas") < place_of("MFT")
 
 
 @pytest.mark.parametrize(("method", "label"), [("full", "FFT retaining"), ("gmt", "GMT retaining")])

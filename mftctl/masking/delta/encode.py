@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +77,8 @@ def encode_change(
     """
     kind = "exact" if before.dim() < 2 else kind
     _require_room(pair, kind, scale if before.dim() >= 2 else None)
-    places = _flat(kept, before.numel())
-    old, new = before.reshape(-1)[places], after.reshape(-1)[places]
+    places = [*_places(kept, before.numel())]
+    old, new = (_gathered(places, kept.kept, tensor.reshape(-1)) for tensor in (before, after))
     scale = scale if before.dim() >= 2 else None
     if kind == "exact":
         if scale is not None:
@@ -91,7 +92,7 @@ def encode_change(
         shape=pair.base.shape,
         dtype=pair.base.dtype,
         sha256=base_sha256,
-        result_sha256=_result_digest(pair, before, kept, values, check=kind != "exact"),
+        result_sha256=_result_digest(pair, before, places, values, check=kind != "exact"),
         removed=before.numel() - kept.kept,
         codec=kept.codec,
         values=kind,
@@ -135,9 +136,23 @@ def _require_room(pair: TensorPair, kind: ValuesKind, scale: float | None) -> No
     )
 
 
-def _flat(kept: Kept, weights: int) -> torch.Tensor:
-    """The kept entries as a flat bool tensor."""
-    return torch.from_numpy(kept.bits.part(0, weights))
+def _places(kept: Kept, weights: int) -> Iterator[npt.NDArray[np.int32]]:
+    """Yields the indices of the kept entries in each chunk, of which the first pass over the bits is the only one."""
+    for first in range(0, weights, _CHUNK):
+        count = min(_CHUNK, weights - first)
+        yield np.flatnonzero(kept.bits.part(first, count)).astype(np.int32)
+
+
+def _gathered(places: Sequence[npt.NDArray[np.int32]], kept: int, flat: torch.Tensor) -> torch.Tensor:
+    """The kept entries of a flat tensor."""
+    if kept == flat.numel():
+        return flat.clone()
+    found, done = torch.empty(kept, dtype=flat.dtype), 0
+    for number, inside in enumerate(places):
+        part = flat[number * _CHUNK : (number + 1) * _CHUNK]
+        found[done : done + len(inside)] = part[torch.from_numpy(inside)]
+        done += len(inside)
+    return found
 
 
 def _patterns(values: torch.Tensor) -> Bits:
@@ -145,7 +160,14 @@ def _patterns(values: torch.Tensor) -> Bits:
     return found.view(np.dtype(f"<u{found.dtype.itemsize}"))
 
 
-def _result_digest(pair: TensorPair, before: torch.Tensor, kept: Kept, values: KeptValues, *, check: bool) -> str:
+def _result_digest(
+    pair: TensorPair,
+    before: torch.Tensor,
+    places: Sequence[npt.NDArray[np.int32]],
+    values: KeptValues,
+    *,
+    check: bool,
+) -> str:
     """The digest of the changed tensor, computed from the values as a reader decodes them.
 
     Raises:
@@ -153,18 +175,17 @@ def _result_digest(pair: TensorPair, before: torch.Tensor, kept: Kept, values: K
     """
     base = bits(before).reshape(-1).numpy().view(unsigned_view(pair.base.dtype))
     digest, done = hashlib.sha256(), 0
-    for first in range(0, len(base), _CHUNK):
-        part = base[first : first + _CHUNK].copy()
-        places = np.flatnonzero(kept.bits.part(first, len(part)))
-        values.put(part, places, done)
+    for number, inside in enumerate(places):
+        part = base[number * _CHUNK : (number + 1) * _CHUNK].copy()
+        values.put(part, inside, done)
         if check:
-            _require_finite(pair, part, places)
+            _require_finite(pair, part, inside)
         digest.update(part.data)
-        done += len(places)
+        done += len(inside)
     return digest.hexdigest()
 
 
-def _require_finite(pair: TensorPair, weights: Bits, places: npt.NDArray[np.intp]) -> None:
+def _require_finite(pair: TensorPair, weights: Bits, places: npt.NDArray[np.int32]) -> None:
     changed = weights[places].view(np.dtype(f"<i{weights.dtype.itemsize}"))
     finite = torch.isfinite(torch.from_numpy(changed).view(TORCH_DTYPES[pair.base.dtype]))
     if not finite.all():

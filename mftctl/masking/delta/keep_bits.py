@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -10,13 +11,12 @@ import numpy.typing as npt
 import torch
 
 from mftctl.masking.counter_random import random_bits
-from mftctl.masking.mask_file.codecs import Packed
+from mftctl.masking.mask_file.codecs import Packed, packed_size_bytes
 
 SEEDED_BYTES: Final = 16
 
 _CHUNK: Final = 2**18
-_BUCKETS: Final = 2**16
-_BUCKET_SHIFT: Final = np.uint64(48)
+_LARGEST: Final = 2**64 - 1
 _CPU: Final = torch.device("cpu")
 
 
@@ -85,29 +85,51 @@ class SeededBits:
         return cls(int.from_bytes(payload[:8], "little"), int.from_bytes(payload[8:], "little"))
 
 
-def seeded_bits(key: int, weights: int, kept: int) -> SeededBits:
-    """Bits that keep exactly `kept` random entries of a tensor.
+def seeded_bits(key: int, weights: int, kept: int) -> tuple[SeededBits, Packed]:
+    """Bits that keep exactly `kept` random entries of a tensor, and the same bits packed.
 
-    A histogram finds the bucket of the limit, and a second pass the limit in it, so memory does not grow with the
-    tensor.
+    The limit is all but certainly within eight standard deviations of its expected place, so one pass finds it and only
+    the entries in between are held in memory.
 
     Args:
         key: Key of the stream.
         weights: Number of entries of the tensor.
         kept: Number of entries to keep, fewer than `weights`.
     """
-    counts = np.zeros(_BUCKETS, dtype=np.int64)
+    margin = 8 * math.sqrt(kept * (1 - kept / weights)) + 16
+    low, high = (max(0, min(_LARGEST, int((kept + side * margin) / weights * _LARGEST))) for side in (-1, 1))
+    found = _seeded_between(key, weights, kept, low, high)
+    return found or _require(_seeded_between(key, weights, kept, 0, _LARGEST))
+
+
+def _seeded_between(key: int, weights: int, kept: int, low: int, high: int) -> tuple[SeededBits, Packed] | None:
+    """The bits if the limit is between two numbers, both included; otherwise None."""
+    packed, below = np.zeros(packed_size_bytes(weights), dtype=np.uint8), 0
+    places, between = [], []
     for first in range(0, weights, _CHUNK):
         values = _random(key, first, min(first + _CHUNK, weights))
-        counts += np.bincount((values >> _BUCKET_SHIFT).astype(np.int64), minlength=_BUCKETS)
-    ends = np.cumsum(counts)
-    bucket = int(np.searchsorted(ends, kept, side="right"))
-    in_bucket = []
-    for first in range(0, weights, _CHUNK):
-        values = _random(key, first, min(first + _CHUNK, weights))
-        in_bucket.append(values[(values >> _BUCKET_SHIFT) == np.uint64(bucket)])
-    below = int(ends[bucket - 1]) if bucket else 0
-    return SeededBits(key, int(np.sort(np.concatenate(in_bucket))[kept - below]))
+        keep = values < np.uint64(low)
+        below += int(np.count_nonzero(keep))
+        bits = np.packbits(keep, bitorder="little")
+        packed[first // 8 : first // 8 + len(bits)] = bits
+        inside = np.flatnonzero(~keep & (values <= np.uint64(high)))
+        places.append(inside + first)
+        between.append(values[inside])
+    candidates = np.concatenate(between)
+    wanted = kept - below
+    if not 0 <= wanted < len(candidates):
+        return None
+    limit = np.partition(candidates, wanted)[wanted]
+    more = np.concatenate(places)[candidates < limit]
+    np.bitwise_or.at(packed, more // 8, (1 << (more % 8)).astype(np.uint8))
+    packed.flags.writeable = False
+    return SeededBits(key, int(limit)), packed
+
+
+def _require(found: tuple[SeededBits, Packed] | None) -> tuple[SeededBits, Packed]:
+    if found is None:
+        raise ValueError("fewer entries must be kept than the tensor has")
+    return found
 
 
 def _random(key: int, first: int, end: int) -> npt.NDArray[np.uint64]:

@@ -109,8 +109,8 @@ def select_entries(
         if kept in (0, before.numel()):
             return _all(kept)
         # For a tied output head, the base's name is that of the embeddings, so that both copies get the same entries.
-        bits = seeded_bits(stream_key(_STREAM, selection.seed, pair.base.name), before.numel(), kept)
-        return Kept(bits, kept, "seeded", bits.payload())
+        seeded, packed = seeded_bits(stream_key(_STREAM, selection.seed, pair.base.name), before.numel(), kept)
+        return Kept(PackedBits(packed), kept, "seeded", seeded.payload())
     highest = keep_highest(change_sizes(before, after, pair), selection.ratio)
     return _packed(highest.reshape(-1).numpy() & _changed(before, after), selection.codec)
 

@@ -30,7 +30,7 @@ Raw = npt.NDArray[np.uint8]
 class KeptValues(Protocol):
     """The decoded values of the kept entries of a tensor."""
 
-    def put(self, weights: Bits, places: npt.NDArray[np.intp], first: int) -> None:
+    def put(self, weights: Bits, places: npt.NDArray[np.signedinteger[Any]], first: int) -> None:
         """Changes some weights in place.
 
         Args:
@@ -50,9 +50,13 @@ class ExactSteps:
 
     steps: Bits
 
-    def put(self, weights: Bits, places: npt.NDArray[np.intp], first: int) -> None:
+    def put(self, weights: Bits, places: npt.NDArray[np.signedinteger[Any]], first: int) -> None:
         """Changes some weights in place."""
-        weights[places] = step_from(weights[places], self.steps[first : first + len(places)])
+        steps = self.steps[first : first + len(places)]
+        if len(places) == len(weights):
+            weights[:] = step_from(weights, steps)
+        else:
+            weights[places] = step_from(weights[places], steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class RoundedChanges:
     changes: torch.Tensor
     dtype: torch.dtype
 
-    def put(self, weights: Bits, places: npt.NDArray[np.intp], first: int) -> None:
+    def put(self, weights: Bits, places: npt.NDArray[np.signedinteger[Any]], first: int) -> None:
         """Changes some weights in place."""
         before = torch.from_numpy(signed(weights[places])).view(self.dtype)
         sums = before.to(wide_dtype(self.dtype)) + self.changes[first : first + len(places)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mftctl.errors import MaskMismatchError
-from mftctl.masking.checkpoints.pairing import counterpart, pair_tensors
+from mftctl.masking.checkpoints.pairing import counterpart, is_embedding, is_head, pair_base_tensors, pair_tensors
 from mftctl.masking.checkpoints.tensors import tensor_index
 from tests.masking.built_checkpoints import write_checkpoint
 
@@ -135,3 +135,47 @@ def test_embeddings_stand_only_for_the_head(name: str, tmp_path: Path) -> None:
 def test_two_embeddings_leave_the_head_without_one(tmp_path: Path) -> None:
     tensors = {"encoder.embed_tokens.weight": matrix(), "decoder.embed_tokens.weight": matrix()}
     assert counterpart(HEAD, tensor_index(write_checkpoint(tmp_path / "c", tensors))) is None
+
+
+# By the names of the base
+
+
+def base_pairs(folder: Path, base: Tensors, tuned: Tensors) -> list[tuple[str, str, str]]:
+    """The pairs as (name, base name, tuned name)."""
+    found = pair_base_tensors(write_checkpoint(folder / "base", base), write_checkpoint(folder / "tuned", tuned))
+    return [(pair.name, pair.base.name, pair.tuned.name) for pair in found]
+
+
+@pytest.mark.parametrize(
+    ("base_stores", "tuned_stores", "expected"),
+    [
+        (False, False, [(EMBEDDINGS, EMBEDDINGS, EMBEDDINGS)]),
+        (False, True, [(EMBEDDINGS, EMBEDDINGS, EMBEDDINGS)]),
+        (True, False, [(HEAD, EMBEDDINGS, EMBEDDINGS), (EMBEDDINGS, EMBEDDINGS, EMBEDDINGS)]),
+        (True, True, [(HEAD, EMBEDDINGS, HEAD), (EMBEDDINGS, EMBEDDINGS, EMBEDDINGS)]),
+    ],
+)
+def test_a_tied_head_has_the_names_of_the_base(
+    base_stores: bool, tuned_stores: bool, expected: list[tuple[str, str, str]], tmp_path: Path
+) -> None:
+    sides = []
+    for seed, stores in ((0, base_stores), (1, tuned_stores)):
+        sides.append({EMBEDDINGS: matrix(seed), **({HEAD: matrix(seed)} if stores else {})})
+    assert base_pairs(tmp_path, *sides) == expected
+
+
+def test_a_head_that_only_the_tuned_checkpoint_has_must_be_tied(tmp_path: Path) -> None:
+    with pytest.raises(MaskMismatchError, match="separate output head, but the base ties") as caught:
+        base_pairs(tmp_path, {EMBEDDINGS: matrix(0)}, {EMBEDDINGS: matrix(1), HEAD: matrix(2)})
+    assert caught.value.key == HEAD
+
+
+def test_an_untied_head_is_paired_with_the_tuned_one(tmp_path: Path) -> None:
+    base = {EMBEDDINGS: matrix(0), HEAD: matrix(1)}
+    assert base_pairs(tmp_path, base, {EMBEDDINGS: matrix(2), HEAD: matrix(3)})[0] == (HEAD, HEAD, HEAD)
+
+
+def test_embeddings_and_heads_are_known_by_their_names() -> None:
+    assert all(map(is_embedding, ("model.embed_tokens.weight", "transformer.wte.weight", "wpe.weight")))
+    assert all(map(is_head, ("lm_head.weight", "embed_out.weight", "lm_head.bias")))
+    assert not any(is_embedding(name) or is_head(name) for name in ("model.norm.weight", "h.0.mlp.c_fc.weight"))
