@@ -32,7 +32,7 @@ def delta_info(file: Path) -> tuple[dict[str, Any], list[Table]]:
             delta.file(name)
         document: dict[str, Any] = {
             "file": str(file),
-            "kind": "delta file",
+            "kind": "soft mask" if metadata.kind == "scale" else "delta file",
             "file_bytes": delta.size_bytes,
             "checkpoint_bytes": contents.base_bytes,
             "share": delta.size_bytes / contents.base_bytes,
@@ -58,8 +58,9 @@ def _summary(document: dict[str, Any]) -> Table:
         ("changed", f"{document['changed']:,} of {document['weights']:,} weights"),
         ("values", document["values"]),
         ("base", _label(document["base"])),
-        ("tuned", ", ".join(map(_label, document["tuned"]))),
     ]
+    if document["tuned"]:
+        rows.append(("tuned", ", ".join(map(_label, document["tuned"]))))
     rows += [
         (key, f"{document[key]:g}" if isinstance(document[key], float) else str(document[key]))
         for key in ("method", "ratio", "scale", "seed", "run_id")
@@ -69,7 +70,7 @@ def _summary(document: dict[str, Any]) -> Table:
     rows += [("left out", f"{name} ({reason})") for name, reason in document["left_out"].items()]
     if document["files"]:
         rows.append(("files", ", ".join(document["files"])))
-    return pairs_table("Delta file", rows)
+    return pairs_table(document["kind"].capitalize(), rows)
 
 
 def _tensors(document: dict[str, Any]) -> Table:

@@ -41,6 +41,11 @@ def mask_train(
     bad_records_max: opt.BadRecordsMax = None,
     method: Annotated[str | None, opt.setting(MaskTrainOptions, "method", "--method", panel=opt.MASKING)] = None,
     kind: Annotated[str | None, opt.setting(MaskTrainOptions, "kind", "--kind", panel=opt.MASKING)] = None,
+    mask: Annotated[str | None, opt.setting(MaskTrainOptions, "mask", "--mask", panel=opt.MASKING)] = None,
+    max_multiplier: Annotated[
+        int | None, opt.setting(MaskTrainOptions, "max_multiplier", "--max-multiplier", panel=opt.MASKING)
+    ] = None,
+    harden: Annotated[bool | None, opt.setting(MaskTrainOptions, "harden", "--harden", panel=opt.MASKING)] = None,
     unit: Annotated[str | None, opt.setting(MaskTrainOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,
@@ -139,7 +144,8 @@ def mask_train(
     written to a small file separate from the model.
 
     With --kind delta, removed weights return to their values before fine-tuning instead of becoming 0. With --objective
-    dpo, the data are preferences: records of prompt, chosen and rejected.
+    dpo, the data are preferences: records of prompt, chosen and rejected. With --mask soft, weights are not removed but
+    multiplied by numbers from 0 to 1 (or 2).
     """
     launch = settle_launch("mask-train", processes, shard)
     with Output(as_json=as_json) as console:
@@ -157,7 +163,7 @@ def show(console: Output, run: Run, result: MaskTrainResult) -> None:
     """Prints the result of mask training."""
     resets = isinstance(result, DroppedMask) or (isinstance(result, MeasuredMask) and result.base is not None)
     done = "reset" if resets else "removed"
-    rows = [("layers", result.layers), (done, f"{result.removed:,} of {result.weights:,} weights")]
+    rows = [("layers", result.layers), *_soft_rows(result), (done, f"{result.removed:,} of {result.weights:,} weights")]
     if isinstance(result, MeasuredMask) and result.projection_ratios:
         rows += [("", f"{100 * ratio:.2g} % of {name}") for name, ratio in result.projection_ratios.items()]
     if len(set(result.layer_ratios.values())) > 1:
@@ -168,6 +174,13 @@ def show(console: Output, run: Run, result: MaskTrainResult) -> None:
     rows += [("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB")]
     title = f"{result.state} in {run.record.seconds:.0f} s"
     console.result({"run": str(run.folder), **result.document()}, pairs_table(title, rows))
+
+
+def _soft_rows(result: MaskTrainResult) -> list[tuple[str, str]]:
+    if result.soft is None:
+        return []
+    multipliers = f"mean {result.soft.mean:.4f}, {result.soft.changed:,} of {result.weights:,} are not 1"
+    return [("multipliers", multipliers), ("file", f"{result.soft.file_bytes:,} bytes")]
 
 
 def _losses(result: MeasuredMask) -> list[tuple[str, str]]:

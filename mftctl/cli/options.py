@@ -82,7 +82,7 @@ def _metavar(listed: str, choices: list[str], parser: Callable[[str], Any] | Non
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    return tuple(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ()
 
 
 def group_sizes(text: str) -> list[int | str]:

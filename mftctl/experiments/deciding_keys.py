@@ -39,7 +39,10 @@ _OF_TRAINING = (
 )
 _OF_SECTIONS = {
     "fft": ("exclude", "learn_from", "lora_experts", "support", *_OF_TRAINING),
-    "mask_train": ("budget", "keep", "kind", "pattern", "projections", "rescale", "start_std", "unit", *_OF_TRAINING),
+    "mask_train": (
+        *("budget", "harden", "keep", "kind", "mask", "max_multiplier", "pattern", "projections", "rescale"),
+        *("start_std", "unit", *_OF_TRAINING),
+    ),
     "probe": ("by", "unit"),
     "eval": ("prompts", "base_url", "served_model"),
 }

@@ -62,6 +62,24 @@ class Confirmation(Part):
     confirmed: bool
 
 
+class SoftMask(Part):
+    """Summary of a soft mask.
+
+    Attributes:
+        max_multiplier: The largest multiplier that was allowed.
+        changed: Number of weights whose multiplier is not 1.
+        mean: Mean multiplier.
+        mean_change: Mean distance of multipliers from 1.
+        file_bytes: Size of the mask file.
+    """
+
+    max_multiplier: Count
+    changed: Exact
+    mean: Measured
+    mean_change: Measured
+    file_bytes: Exact
+
+
 class KeptMask(Result):
     """Paths of a mask file, and a summary of the mask.
 
@@ -71,8 +89,9 @@ class KeptMask(Result):
         output_refused: Reason why the mask is not at the output path; None if it is, or if no path was given.
         tensors: Number of masked tensors.
         weights: Number of weights in these tensors.
-        removed: Number of removed weights.
+        removed: Number of removed weights; of a soft mask, those with multiplier 0.
         ratio: Share of these weights that are removed.
+        soft: Summary of a soft mask; None for a hard one.
     """
 
     mask: Place
@@ -82,6 +101,7 @@ class KeptMask(Result):
     weights: Count
     removed: Count
     ratio: Measured
+    soft: Annotated[SoftMask | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
 class MaskTrainResult(KeptMask):

@@ -6,15 +6,19 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from mftctl.experiments.mask_train_checks import soft_mask_problem
 from mftctl.experiments.presets import (
+    DEFAULT_TRAVEL,
     PRESETS,
     Keep,
     LearnFrom,
     MaskKind,
+    MaxMultiplier,
     PresetName,
     Ranking,
     ScoreStart,
     mask_train_in_force,
+    soft_mask_in_force,
     without_nulls,
 )
 from mftctl.experiments.training_options import Share, TrainingOptions
@@ -43,6 +47,15 @@ class MaskTrainOptions(TrainingOptions):
         "weight",
         description="What becomes of removed weights. weight: 0; delta: their value before fine-tuning, so that the "
         "change made by fine-tuning is removed, as always with drop.",
+    )
+    mask: Literal["hard", "soft"] = Field(
+        "hard",
+        description="hard: a weight is kept or removed; soft: each weight gets a multiplier of 8 bits, learned from 1.",
+    )
+    max_multiplier: MaxMultiplier = Field(1, description="soft: the largest multiplier, 1 or 2.")
+    harden: bool = Field(
+        False,
+        description="soft: multipliers approach 0 and 1 in the second half of the training, and a hard mask is kept.",
     )
     unit: Literal["weight", "row"] = Field(
         "weight",
@@ -100,7 +113,8 @@ class MaskTrainOptions(TrainingOptions):
     start: ScoreStart = Field(
         "weights",
         description="Initial scores. weights: |weight|, or |change| with --kind delta (the default); normal: "
-        "N(0, start_std) (paper, reference); kaiming: uniform within 1/sqrt(fan_in); constant: all equal.",
+        "N(0, start_std) (paper, reference); kaiming: uniform within 1/sqrt(fan_in); constant: all equal; "
+        "identity: the multiplier 1 (always with --mask soft).",
     )
     start_std: float | None = Field(
         None,
@@ -114,10 +128,11 @@ class MaskTrainOptions(TrainingOptions):
         "independent of steps and model size.",
     )
     travel: float = Field(
-        1.6,
+        DEFAULT_TRAVEL,
         gt=0,
-        description="normal, kaiming and constant: how far a score can move with learning rate auto, in units of the "
-        "initial scores' standard deviation, range or distance from the threshold.",
+        description="start other than weights: how far a score can move with learning rate auto, in units of the "
+        "initial scores' standard deviation, range or distance from the threshold, or of the multiplier 1; 1.6 by "
+        "default, 0.05 for soft masks.",
     )
     keep: Keep = Field(
         "best",
@@ -217,6 +232,13 @@ class MaskTrainOptions(TrainingOptions):
         return self
 
     @model_validator(mode="after")
+    def _multipliers_are_learned(self) -> MaskTrainOptions:
+        problem = soft_mask_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _drop_resets(self) -> MaskTrainOptions:
         if self.method == "drop" and self.given().get("kind") == "weight":
             raise ValueError("mask_train.kind: weight does not apply to the method drop, which makes delta masks only")
@@ -225,18 +247,21 @@ class MaskTrainOptions(TrainingOptions):
     @model_validator(mode="after")
     def _settle(self) -> MaskTrainOptions:
         """Fills in options left unset, without marking them as given."""
-        self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method, self.objective))
+        in_force = mask_train_in_force(self.given(), self.preset, self.method, self.objective)
+        self.__dict__.update(
+            {**in_force, **(soft_mask_in_force(self.given(), in_force) if self.mask == "soft" else {})}
+        )
         return self
 
     @model_validator(mode="after")
     def _keys_have_their_start(self) -> MaskTrainOptions:
         fields, start = type(self).model_fields, self.start
         for name, starts in (
-            ("travel", ("normal", "kaiming", "constant")),
+            ("travel", ("normal", "kaiming", "constant", "identity")),
             ("start_std", ("normal",)),
             ("start_value", ("constant",)),
         ):
-            if getattr(self, name) != fields[name].default and start not in starts:
+            if name in self.given() and getattr(self, name) != fields[name].default and start not in starts:
                 raise ValueError(f"mask_train.{name} applies only to start {', '.join(starts)}; the start is {start}")
         return self
 
@@ -244,6 +269,11 @@ class MaskTrainOptions(TrainingOptions):
     def keeps_last(self) -> bool:
         """True if the mask of the last step is kept; methods without training have only one."""
         return self.method == "learned" and self.keep == "last"
+
+    @property
+    def writes_multipliers(self) -> bool:
+        """True if the mask file holds multipliers and no bits."""
+        return self.mask == "soft" and not self.harden
 
     @property
     def averages_records(self) -> bool:

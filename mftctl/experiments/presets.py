@@ -8,10 +8,11 @@ from typing import Any, Final, Literal
 
 PresetName = Literal["default", "paper", "reference"]
 LearnFrom = Literal["auto", "all", "unseen"]
-ScoreStart = Literal["weights", "normal", "kaiming", "constant"]
+ScoreStart = Literal["weights", "normal", "kaiming", "constant", "identity"]
 Ranking = Literal["absolute", "signed"]
 Keep = Literal["best", "last"]
 MaskKind = Literal["weight", "delta"]
+MaxMultiplier = Literal[1, 2]
 Objective = Literal["sft", "dpo"]
 GroupSize = int | Literal["all"]
 
@@ -19,6 +20,8 @@ DEFAULT_RATIO = 0.1
 DEFAULT_UPDATE_RATIO = 0.2
 DEFAULT_FROZEN_RATIO = 0.99
 DEFAULT_PATIENCE = 5
+DEFAULT_TRAVEL = 1.6
+DEFAULT_SOFT_TRAVEL = 0.05
 DEFAULT_BETA = 0.1
 DEFAULT_RATES: Final[Mapping[Objective, float]] = {"sft": 2e-5, "dpo": 1e-6}
 """Learning rates of fine-tuning; that of DPO is TRL's."""
@@ -27,7 +30,9 @@ DEFAULT_GROUPS: tuple[GroupSize, ...] = (4, "all")
 SETTLED: Final[Mapping[str, tuple[str, ...]]] = {
     "fft": ("ratio", "learning_rate", "beta"),
     "probe": ("groups",),
-    "mask_train": ("kind", "learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep", "beta"),
+    "mask_train": (
+        *("kind", "learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep", "travel", "beta"),
+    ),
 }
 """Options, by recipe section, whose defaults depend on other options."""
 
@@ -107,9 +112,25 @@ def mask_train_in_force(
         "ranking": values.ranking,
         "start": start,
         "keep": keep,
+        "travel": DEFAULT_TRAVEL,
         "beta": _beta(objective),
     }
     return _settled("mask_train", given, in_force)
+
+
+def soft_mask_in_force(given: Mapping[str, Any], in_force: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the effective values of those `mask_train` options in `SETTLED` that soft masks settle otherwise.
+
+    A mask that is to become hard has the loss of the unmasked model for half of the training, so it never stops early.
+
+    Args:
+        given: The options that were set.
+        in_force: The values for hard masks.
+    """
+    hardens = given.get("harden")
+    patience = None if hardens and "patience" not in given else in_force["patience"]
+    travel = given.get("travel", DEFAULT_TRAVEL if hardens else DEFAULT_SOFT_TRAVEL)
+    return {"ratio": None, "threshold": None, "start": "identity", "patience": patience, "travel": travel}
 
 
 def probe_in_force(given: Mapping[str, Any], preset: PresetName, *, is_fast: bool) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class StateKind(Enum):
     L1_ROW_MASK = auto()
     MFT = auto()
     MFT_THRESHOLD = auto()
+    SOFT_MFT = auto()
+    HARDENED_MFT = auto()
     DELTA = auto()
     MERGED_DELTAS = auto()
     MASKED = auto()
@@ -58,6 +60,7 @@ _DROPS: Final = {
     "random": StateKind.RANDOM_DROP,
 }
 _ALL_DROPS: Final = {*_DROPS.values(), StateKind.DARE}
+_LEARNED: Final = {StateKind.MFT, StateKind.MFT_THRESHOLD, StateKind.SOFT_MFT, StateKind.HARDENED_MFT}
 _UPDATES: Final = {StateKind.HFT, StateKind.RANDOM_UPDATE, StateKind.GMT, *_ALL_DROPS}
 
 
@@ -119,7 +122,7 @@ class State:
     @property
     def is_mft(self) -> bool:
         """True if a mask was learned by Mask Fine-Tuning."""
-        return self.kind in (StateKind.MFT, StateKind.MFT_THRESHOLD)
+        return self.kind in _LEARNED
 
     @property
     def is_masked_by_learning(self) -> bool:
@@ -178,6 +181,10 @@ _TABLE: Final = {
     State(StateKind.L1_MASK): "L1 mask",
     State(StateKind.L1_ROW_MASK): "L1 row mask",
     **_learned_masks(is_delta=False),
+    State(StateKind.SOFT_MFT): "MFT soft",
+    State(StateKind.SOFT_MFT, is_preference=True): "MFT DPO soft",
+    State(StateKind.HARDENED_MFT): "MFT hardened",
+    State(StateKind.HARDENED_MFT, is_preference=True): "MFT DPO hardened",
     State(StateKind.RANDOM_MASK, is_delta=True): "random mask delta",
     State(StateKind.L1_MASK, is_delta=True): "L1 mask delta",
     **_learned_masks(is_delta=True),
@@ -293,6 +300,9 @@ def _mask_state(options: MaskTrainOptions) -> State:
             return State(kind, is_delta=is_delta)
         case "learned":
             is_preference = options.objective == "dpo"
+            if options.mask == "soft":
+                kind = StateKind.HARDENED_MFT if options.harden else StateKind.SOFT_MFT
+                return State(kind, is_preference=is_preference)
             if options.preset == "default" or options.threshold is None:
                 return State(StateKind.MFT, preset=options.preset, is_delta=is_delta, is_preference=is_preference)
             return State(StateKind.MFT_THRESHOLD, is_delta=is_delta, is_preference=is_preference)

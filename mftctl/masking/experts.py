@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 from mftctl.masking.full_tensor import whole
-from mftctl.masking.masked_values import mask_in_place, removable
-from mftctl.masking.rule import MaskRule, scores_state
+from mftctl.masking.mask_file.codecs import Packed
+from mftctl.masking.rule import Rule, scores_state
+from mftctl.masking.soft_mask import SoftRule
 from mftctl.masking.targets import MaskTarget
 
 
@@ -25,9 +26,7 @@ class MaskedPart(nn.Module):
         base: The frozen tensor before fine-tuning, which removed weights return to; None if they become 0.
     """
 
-    def __init__(
-        self, target: MaskTarget, scores: torch.Tensor, rule: MaskRule, base: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, target: MaskTarget, scores: torch.Tensor, rule: Rule, base: torch.Tensor | None = None) -> None:
         super().__init__()
         self.target = target
         self.base = None if base is None else nn.Parameter(base, requires_grad=False)
@@ -39,9 +38,14 @@ class MaskedPart(nn.Module):
         """The frozen weight, a view of the fused parameter."""
         return self.target.weight
 
-    def keep(self) -> torch.Tensor:
-        """The current bool keep mask, of the weight's shape."""
-        return self.rule.keep(whole(self.scores))
+    def stored_mask(self) -> Packed:
+        """The present mask as bits, or as one byte per weight of a soft mask."""
+        return self.rule.stored(whole(self.scores))
+
+    def mask(self) -> torch.Tensor:
+        """The present mask of the weight's shape: bool, True = keep, or the uint8 codes of a soft mask."""
+        scores = whole(self.scores)
+        return self.rule.codes(scores) if isinstance(self.rule, SoftRule) else self.rule.keep(scores)
 
     def extra_repr(self) -> str:
         """Name, shape and rule, for `print(model)`."""
@@ -73,7 +77,7 @@ class MaskedExperts(nn.Module):
         self._parts: dict[str, list[MaskedPart]] = {}
         for part in parts:
             self._parts.setdefault(part.target.parameter, []).append(part)
-        self._products: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
+        self._products: dict[str, tuple[tuple[object, ...], torch.Tensor]] = {}
 
     def original(self) -> nn.Module:
         """The module that this one replaced."""
@@ -87,12 +91,13 @@ class MaskedExperts(nn.Module):
             parameter: The parameter's name in the original module.
         """
         weight, parts = self.experts.get_parameter(parameter), self._parts[parameter]
-        state = scores_state(part.scores for part in parts)
+        state = (*(part.rule for part in parts), *scores_state(part.scores for part in parts))
         known, product = self._products.get(parameter, (None, weight))
         if state != known or product.device != weight.device:
             product = weight.clone()
             for part in parts:
-                mask_in_place(part.target.part_of(product), part.keep(), part.base)
+                own = part.target.part_of(product)
+                own.copy_(part.rule.product(own, whole(part.scores), part.base))
             self._products[parameter] = state, product
         return product
 
@@ -119,9 +124,9 @@ class MaskedExperts(nn.Module):
 class _StraightThroughProduct(torch.autograd.Function):
     """The masked values V of a fused parameter, with a straight-through gradient for the scores.
 
-    For each part dL/dS = dL/dV * W or, with a base, dL/dV * (W - B); times sign(S) where |S| is ranked.
+    The rule of each part makes the gradient of its scores from dL/dV.
 
-    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation. Delta masks are ours.
+    Source: MFT, equation 5.
     """
 
     @staticmethod
@@ -142,6 +147,6 @@ class _StraightThroughProduct(torch.autograd.Function):
                 continue
             target = part.target
             wide = torch.promote_types(values.dtype, torch.float32)
-            grad = target.part_of(grad_product).to(wide) * removable(target.part_of(weight), part.base, wide)
-            grads.append((grad.mul_(values.sign()) if part.rule.uses_magnitude else grad).to(values.dtype))
+            grad = target.part_of(grad_product).to(wide, copy=True)
+            grads.append(part.rule.score_gradient(grad, values, target.part_of(weight), part.base).to(values.dtype))
         return None, None, None, *grads

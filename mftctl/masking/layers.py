@@ -13,12 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from mftctl.errors import TrainingError
+from mftctl.errors import MaskingError, TrainingError
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.full_tensor import whole
-from mftctl.masking.masked_values import masked_values, removable
-from mftctl.masking.rule import MaskRule, scores_state
+from mftctl.masking.mask_file.codecs import Packed
+from mftctl.masking.masked_values import removable
+from mftctl.masking.rule import Rule, scores_state
 from mftctl.masking.selection import Cut
+from mftctl.masking.soft_mask import SoftRule
 from mftctl.masking.targets import MaskTarget
 
 DEFAULT_START_STD = 0.02
@@ -28,7 +30,8 @@ DEFAULT_START_STD = 0.02
 class MaskedLinear(nn.Module):
     """A frozen linear projection whose weights are masked according to trainable scores.
 
-    Computes `x @ (W * M)^T + b` or, with a base, `x @ (B + M * (W - B))^T + b`. The mask and the masked weight are
+    Computes `x @ (W * M)^T + b` or, with a base, `x @ (B + M * (W - B))^T + b`, for a mask M of zeros and ones or, of a
+    soft rule, multipliers. The mask and the masked weight are
     recomputed only when the scores have changed, that is once per optimizer step rather than in every forward pass.
 
     Attributes:
@@ -36,7 +39,7 @@ class MaskedLinear(nn.Module):
         base: The frozen weight before fine-tuning, which removed weights return to; None if they become 0.
         bias: The frozen bias `(out_features,)`, or None.
         scores: Trainable scores of the weight's shape, in fp32 unless given in another dtype.
-        rule: The rule from scores to mask.
+        rule: The rule from scores to mask; it may be replaced by another one of its kind.
         passes_all: Whether it computes as if there were no mask; see `unmasked`.
         keeps_product: Whether the masked weight is cached between passes. Otherwise each pass recomputes it from the
             threshold found when the scores changed, to save memory or because each process holds only a shard.
@@ -45,7 +48,7 @@ class MaskedLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear | Conv1D, scores: torch.Tensor, rule: MaskRule, base: torch.Tensor | None = None
+        self, linear: nn.Linear | Conv1D, scores: torch.Tensor, rule: Rule, base: torch.Tensor | None = None
     ) -> None:
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)
@@ -57,13 +60,18 @@ class MaskedLinear(nn.Module):
         self.passes_all = False
         self.transposed = isinstance(linear, Conv1D)
         self._linear = (linear,)  # in a tuple, so that it is not a submodule and its weight is not listed twice
-        self._scores_state: tuple[int, ...] | None = None
+        self._state: tuple[object, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
         self._cut: Cut | None = None
 
-    def keep(self) -> torch.Tensor:
-        """The present keep mask, bool, of the weight's shape."""
-        return self.rule.keep(whole(self.scores))
+    def stored_mask(self) -> Packed:
+        """The present mask as bits, or as one byte per weight of a soft mask."""
+        return self.rule.stored(whole(self.scores))
+
+    def mask(self) -> torch.Tensor:
+        """The present mask of the weight's shape: bool, True = keep, or the uint8 codes of a soft mask."""
+        scores = whole(self.scores)
+        return self.rule.codes(scores) if isinstance(self.rule, SoftRule) else self.rule.keep(scores)
 
     def original(self) -> nn.Linear | Conv1D:
         """The module that this one replaced; it shares the frozen weight."""
@@ -74,17 +82,17 @@ class MaskedLinear(nn.Module):
         """The masked weight, of the weight's shape and dtype, recomputed only if the scores have changed."""
         if self.passes_all:
             return self.weight
-        state = scores_state([self.scores])
+        state = (self.rule, *scores_state([self.scores]))
         if not self.keeps_product:
-            if state != self._scores_state:
-                self._cut, self._scores_state = self.rule.cut(self.scores.detach()), state
-            return self._product(self.rule.keep(self.scores.detach(), self._cut))
-        if state != self._scores_state or self._masked_weight.device != self.weight.device:
-            self._masked_weight, self._scores_state = self._product(self.keep()), state
+            if state != self._state:
+                self._cut, self._state = self.rule.cut(self.scores.detach()), state
+            return self._product(self.scores.detach(), self._cut)
+        if state != self._state or self._masked_weight.device != self.weight.device:
+            self._masked_weight, self._state = self._product(whole(self.scores)), state
         return self._masked_weight
 
-    def _product(self, keep: torch.Tensor) -> torch.Tensor:
-        return masked_values(self.weight, keep, self.base)
+    def _product(self, scores: torch.Tensor, cut: Cut | None = None) -> torch.Tensor:
+        return self.rule.product(self.weight, scores, self.base, cut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
@@ -96,7 +104,7 @@ class MaskedLinear(nn.Module):
             self.base,
             self.bias,
             self.transposed,
-            self.rule.uses_magnitude,
+            self.rule,
             None if self.keeps_product else self.masked_weight,
         )
         return y
@@ -109,9 +117,9 @@ class MaskedLinear(nn.Module):
 class _StraightThrough(torch.autograd.Function):
     """`x @ V^T + b` for the masked weight V, with a straight-through gradient for the scores.
 
-    dL/dS = dL/dV * W for V = W * M, and dL/dV * (W - B) for V = B + M * (W - B); times sign(S) where |S| is ranked.
+    The rule makes the gradient of the scores from dL/dV.
 
-    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation. Delta masks are ours.
+    Source: MFT, equation 5.
     """
 
     @staticmethod
@@ -124,7 +132,7 @@ class _StraightThrough(torch.autograd.Function):
         base: torch.Tensor | None,
         bias: torch.Tensor | None,
         transposed: bool,
-        uses_magnitude: bool,
+        rule: Rule,
         make_again: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
         # Under autocast the surrounding layers use the lower precision; a custom function must cast by itself.
@@ -135,7 +143,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(x, scores, masked_weight if make_again is None else None, weight, base)
         ctx.make_again = make_again
         ctx.transposed = transposed
-        ctx.uses_magnitude = uses_magnitude
+        ctx.rule = rule
         # The bias belongs in the same kernel; added afterwards, it would round differently from the unmasked layer.
         bias = bias if bias is None else bias.to(compute_dtype)
         if not transposed:
@@ -158,14 +166,11 @@ class _StraightThrough(torch.autograd.Function):
             rows_grad = grad_output.reshape(-1, grad_output.shape[-1])
             grad_masked = rows_x.t() @ rows_grad if ctx.transposed else rows_grad.t() @ rows_x
             wide = torch.promote_types(scores.dtype, torch.float32)
-            grad_scores = grad_masked.to(wide).mul_(removable(weight, base, wide))
-            if ctx.uses_magnitude:
-                grad_scores.mul_(scores.sign())
-            grad_scores = grad_scores.to(scores.dtype)
+            grad_scores = ctx.rule.score_gradient(grad_masked.to(wide), scores, weight, base).to(scores.dtype)
         return grad_x, grad_scores, None, None, None, None, None, None, None
 
 
-ScoreStart = Literal["normal", "kaiming", "constant", "weights"]
+ScoreStart = Literal["normal", "kaiming", "constant", "weights", "identity"]
 
 
 def initial_scores(
@@ -183,7 +188,7 @@ def initial_scores(
     Args:
         target: The projection to mask.
         start: `normal`: N(0, std); `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
-            `weights`: the absolute value of the weight or, with a base, of its change.
+            `weights`: the absolute value of the weight or, with a base, of its change; `identity`: 1, for soft masks.
         std: Standard deviation of the normal start.
         constant: Value of the constant start.
         seed: Together with the target's name, decides the values, independently of other targets.
@@ -196,6 +201,8 @@ def initial_scores(
     weight = target.weight if weight is None else weight
     if start == "weights":
         return removable(weight.detach(), base, torch.float32).abs().float()
+    if start == "identity":
+        return torch.ones(weight.shape, dtype=torch.float32, device=weight.device)
     if start == "constant":
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
@@ -218,7 +225,7 @@ def attach_masks(
     model: nn.Module,
     targets: Sequence[MaskTarget],
     scores: Mapping[str, torch.Tensor],
-    rule: MaskRule | Mapping[str, MaskRule],
+    rule: Rule | Mapping[str, Rule],
     base: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Freezes the model and replaces every target with a `MaskedLinear` or `MaskedExperts`.
@@ -230,11 +237,22 @@ def attach_masks(
         rule: The rule from scores to mask, one for all targets or one per target name.
         base: For delta masks, the weight before fine-tuning of each target name, of the weight's shape, dtype and
             device; not copied. None if removed weights become 0.
+
+    Raises:
+        MaskingError: A soft mask is asked for between two models.
     """
     model.requires_grad_(False)
     experts: dict[str, list[MaskedPart]] = {}
     for target in targets:
-        own = rule if isinstance(rule, MaskRule) else rule[target.name]
+        own = rule[target.name] if isinstance(rule, Mapping) else rule
+        if isinstance(own, SoftRule) and base is not None:
+            raise MaskingError(
+                "A soft mask multiplies weights; it cannot return them to a model before fine-tuning.",
+                key="mask",
+                expected="a hard mask, or none before",
+                actual="soft, with a model before fine-tuning",
+                hint="mftctl interpolate finds the best share of the way between two models",
+            )
         before = None if base is None else base[target.name]
         if isinstance(target.module, nn.Linear | Conv1D):
             _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], own, before))

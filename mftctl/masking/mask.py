@@ -17,6 +17,7 @@ from mftctl.errors import MaskFileError, MaskFormatError
 from mftctl.files.atomic import Permit, atomic_file
 from mftctl.files.ownership import permit_file
 from mftctl.files.regular import open_regular
+from mftctl.masking.delta.delta import is_soft_mask
 from mftctl.masking.mask_file.codecs import Codec, Packed, encode, pack, packed_size_bytes, unpack
 from mftctl.masking.mask_file.container import write_container
 from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord, build_document
@@ -149,7 +150,7 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate", *, permit:
 
 
 def mask_permit(*, replace: bool) -> Permit:
-    """A permit to replace a mask file, but no other file.
+    """A permit to replace a mask file, hard or soft, but no other file.
 
     Args:
         replace: Whether the user agreed.
@@ -158,6 +159,8 @@ def mask_permit(*, replace: bool) -> Permit:
 
 
 def _is_mask_file(path: Path) -> bool:
+    if is_soft_mask(path):
+        return True
     try:
         with open_mask(path):
             return True

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mftctl.masking.mask_file.codecs import Packed, count_kept, pack, unpack
+from mftctl.masking.masked_values import masked_values, removable
 from mftctl.masking.pattern import Pattern
 from mftctl.masking.selection import (
     Cut,
@@ -19,6 +21,7 @@ from mftctl.masking.selection import (
     keep_highest_of_blocks,
     ratio_cut,
 )
+from mftctl.masking.soft_mask import SoftRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,67 @@ class MaskRule:
         if self.ratio is None:
             return keep_above(scores, self.threshold or 0.0)
         return keep_highest(scores, self.ratio, cut, ranking=self.ranking)
+
+    def product(
+        self, weight: torch.Tensor, scores: torch.Tensor, base: torch.Tensor | None, cut: Cut | None = None
+    ) -> torch.Tensor:
+        """The masked weight as a new tensor.
+
+        Args:
+            weight: The weight, of any floating-point dtype.
+            scores: Scores of its shape, on its device.
+            base: The weight before fine-tuning, for a delta mask; None for a weight mask.
+            cut: From `cut` of the same scores, if known.
+        """
+        keep = self.keep(scores) if cut is None else self.keep(scores, cut)
+        return masked_values(weight, keep, base)
+
+    def score_gradient(
+        self, grad: torch.Tensor, scores: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The straight-through gradient of the scores.
+
+        dL/dS = dL/dV * W or, with a base, dL/dV * (W - B); times sign(S) where |S| is ranked.
+
+        Args:
+            grad: The gradient dL/dV of the masked weight V, in fp32 or fp64; overwritten.
+            scores: The scores S.
+            weight: The weight W.
+            base: The weight before fine-tuning B, for a delta mask.
+
+        Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation. Delta masks are ours.
+        """
+        grad.mul_(removable(weight, base, grad.dtype))
+        return grad.mul_(scores.sign()) if self.uses_magnitude else grad
+
+    def stored(self, scores: torch.Tensor) -> Packed:
+        """The packed bits of the mask, one bit per weight."""
+        return pack(self.keep(scores))
+
+    def mask(self, stored: Packed, shape: torch.Size) -> torch.Tensor:
+        """The bool keep mask of the weight's shape in packed bits."""
+        return torch.from_numpy(unpack(stored, shape.numel())).view(shape)
+
+    def keeps_all(self, stored: Packed, weights: int) -> bool:
+        """True if the mask removes nothing."""
+        return count_kept(stored) == weights
+
+    def promised(self, gradient: torch.Tensor, scores: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> float:
+        """The reduction of the loss, to first order, from one mask to another.
+
+        Args:
+            gradient: Mean gradient of the scores.
+            scores: The scores.
+            old: The mask before, from `mask`.
+            new: The mask after.
+        """
+        if self.uses_magnitude:
+            gradient = gradient * scores.sign()
+        return float(gradient[old & ~new].sum() - gradient[new & ~old].sum())
+
+
+Rule = MaskRule | SoftRule
+"""The rule of a hard mask or of a soft one."""
 
 
 class _StepCounter:

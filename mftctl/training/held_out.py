@@ -19,6 +19,8 @@ from mftctl.experiments.mask_results import Confirmation
 from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.dtypes import bits
 from mftctl.masking.masked_values import mask_in_place
+from mftctl.masking.rule import Rule
+from mftctl.masking.soft_mask import IDENTITY_CODES, SoftRule
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener, Progress
 from mftctl.training.inputs import TrainingInputs
@@ -44,18 +46,18 @@ def split_validation_records(validation: Sequence[_T], options: MaskTrainOptions
     return validation[0::2], validation[1::2]
 
 
-def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: Sequence[Encoded]) -> Confirmation:
+def confirm(search: MaskSearch, mask: Mapping[str, torch.Tensor], records: Sequence[Encoded]) -> Confirmation:
     """The change in loss on records not used to select a mask, with its paired 95 % interval.
 
     Args:
         search: The search that found the mask; its listener is warned if the interval contains 0.
-        keep: The mask.
+        mask: The mask.
         records: At least two records.
     """
     inputs = replace(search.inputs, validation=records)
     objective = search.objective
     before = validation_losses(search.model, inputs, search.listener, objective)
-    with masked(search.targets, keep, search.base):
+    with masked(search.targets, mask, base=search.base, rules=search.rules):
         after = validation_losses(search.model, inputs, search.listener, objective)
     return compare(before, after, search.listener)
 
@@ -92,29 +94,38 @@ def compare(before: Sequence[RecordLoss], after: Sequence[RecordLoss], listener:
 @contextmanager
 def masked(
     targets: Sequence[MaskTarget],
-    keep: Mapping[str, torch.Tensor],
+    mask: Mapping[str, torch.Tensor],
+    *,
     base: Mapping[str, torch.Tensor] | None = None,
+    rules: Mapping[str, Rule] | None = None,
 ) -> Iterator[None]:
     """Context in which the model's own weights are masked; afterwards all are restored bit for bit.
 
-    Meanwhile the mask (one byte per weight) and the removed values are held on the weights' device.
+    Meanwhile the mask (one byte per weight) and the values that it changes are held on the weights' device.
 
     Args:
         targets: From `find_targets` on a model without masks; the model then computes with the mask.
-        keep: Bool keep mask by target name, on any device.
+        mask: By target name, on any device: bool, True = keep, or the uint8 codes of a soft mask.
         base: For a delta mask, the weight before fine-tuning by target name, on the weight's device.
+        rules: The rule of each target, for a soft mask.
     """
-    removed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    changed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     try:
         for target in targets:
-            weight, kept = target.weight.detach(), keep[target.name].to(target.weight.device)
-            gone = kept.logical_not()
-            removed.append((bits(weight), gone, bits(weight)[gone]))
-            mask_in_place(weight, kept, None if base is None else base[target.name])
+            weight, own = target.weight.detach(), mask[target.name].to(target.weight.device)
+            rule = None if rules is None else rules[target.name]
+            if isinstance(rule, SoftRule) and own.dtype == torch.uint8:
+                places = torch.ne(own, IDENTITY_CODES[rule.limit])
+                changed.append((bits(weight), places, bits(weight)[places]))
+                weight.copy_(rule.masked(weight, own))
+            else:
+                gone = own.logical_not()
+                changed.append((bits(weight), gone, bits(weight)[gone]))
+                mask_in_place(weight, own, None if base is None else base[target.name])
         yield
     finally:
-        for weight, gone, values in removed:
-            weight[gone] = values
+        for weight, places, values in changed:
+            weight[places] = values
 
 
 def validation_loss(

@@ -16,10 +16,10 @@ from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
 from mftctl.masking.checkpoints.outlines import Rows, StoredWeights
 from mftctl.masking.full_tensor import whole_shape
 from mftctl.masking.layers import attach_masks, detach_masks, keep_no_products, masked_layers
-from mftctl.masking.mask_file.codecs import count_kept, unpack
 from mftctl.masking.targets import MaskTarget
 from mftctl.runtime.peak_memory import free_unreachable
 from mftctl.runtime.stop_request import stop_on_signal
+from mftctl.training.hardening import Hardening
 from mftctl.training.held_out import masked, validation_loss
 from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.mask_search import FoundMask, MaskSearch
@@ -59,8 +59,10 @@ def _train(search: MaskSearch) -> FoundMask:
         keep_no_products(model)
     trainer = _trainer(search)
     if search.weights is None:
-        start = trainer.start_masks = trainer.packed_masks()
-        removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
+        start = trainer.start_masks = trainer.stored_masks()
+        removes_none = all(
+            module.rule.keeps_all(start[name], module.scores.numel()) for name, module in masked_layers(model)
+        )
         trainer.known_start_loss = search.unmasked_loss if removes_none else None
         trainer.known_start_score = search.unmasked_score
         trainer.known_start_rewards = search.unmasked_rewards
@@ -86,14 +88,12 @@ def _train(search: MaskSearch) -> FoundMask:
             for name in trainer.masked():
                 trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
         confirming = trainer.losses(search.confirming, masked=False), trainer.losses(search.confirming, masked=True)
-    changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
-    shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
-    packed = start if best_step == 0 else trainer.packed_masks()
+    flipped = trainer.flipped_since_start()
+    modules = dict(masked_layers(model))
+    stored = start if best_step == 0 else trainer.stored_masks()
+    masks = {name: modules[name].rule.mask(one, whole_shape(modules[name].scores)) for name, one in stored.items()}
     return FoundMask(
-        {
-            name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
-            for name, bits in packed.items()
-        },
+        {name: codes != 0 for name, codes in masks.items()} if options.harden else masks,
         unmasked_loss,
         start_loss,
         kept.loss,
@@ -101,7 +101,7 @@ def _train(search: MaskSearch) -> FoundMask:
         trainer.state.global_step,
         int(trainer.state.num_input_tokens_seen),
         trainer.args.learning_rate,
-        summarise_flips(search.folder.metrics(), changed),
+        summarise_flips(search.folder.metrics(), flipped),
         confirming,
         kept.horizon,
         search.unmasked_score,
@@ -138,12 +138,14 @@ def _trainer(search: MaskSearch) -> ScoreTrainer:
     trainer.scores = search.scores
     trainer.retention = search.retention
     trainer.objective = search.objective
+    if options.harden:
+        trainer.add_callback(Hardening(search.model, start.steps))
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
     trainer.rows = None if search.weights is None else _start_rows(search)
     # The gradient of a score is proportional to the weight, or to its change, so the usual epsilon would hold back the
     # scores of the smallest weights, which cost least to remove, and those of almost all changes.
-    has_small_gradients = options.start == "weights" or search.base is not None
+    has_small_gradients = options.start in ("weights", "identity") or search.base is not None
     trainer.epsilon = _SMALL_EPSILON if has_small_gradients else _USUAL_EPSILON
     return trainer
 
@@ -202,7 +204,7 @@ def find_mask(search: MaskSearch) -> FoundMask:
     if search.options.method == "learned":
         return learn_mask(search)
     keep = {target.name: _baseline(target, search) for target in search.targets}
-    with masked(search.targets, keep, search.base):
+    with masked(search.targets, keep, base=search.base):
         loss = validation_loss(search.model, search.inputs, search.listener)
         retained = None if search.retention is None else search.retention.loss(search.model)
     unmasked_loss = cast("float", search.unmasked_loss)  # None only for a model without values

@@ -21,7 +21,8 @@ from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights
-from mftctl.masking.rule import MaskRule
+from mftctl.masking.rule import MaskRule, Rule
+from mftctl.masking.soft_mask import SoftRule
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener
 from mftctl.runtime.devices import frozen_dtype
@@ -60,6 +61,7 @@ class MaskSearch:
         unmasked_retained_loss: Loss of the unmasked model on that data; None for a model without values.
         ratios: With ratio auto, the ratio of each target, by name; otherwise empty.
         unmasked_rewards: Rewards of preferences under the unmasked model; None for single answers.
+        stored_dtypes: For a soft mask, the dtype of each target's weight in the checkpoint, by name; otherwise empty.
     """
 
     model: PreTrainedModel
@@ -82,6 +84,7 @@ class MaskSearch:
     unmasked_retained_loss: float | None = None
     unmasked_rewards: Rewards | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
+    stored_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def ratio_of(self, target: MaskTarget) -> float | None:
         """The target's own ratio; None if a threshold applies."""
@@ -108,13 +111,16 @@ class MaskSearch:
         )
 
     @property
-    def rules(self) -> dict[str, MaskRule]:
+    def rules(self) -> dict[str, Rule]:
         """The rule from scores to mask for each target.
 
         Raises:
             MaskingError: The pattern does not divide a target.
         """
         options = self.options
+        if options.mask == "soft":
+            limit = options.max_multiplier
+            return {one.name: SoftRule(limit, dtype=self.stored_dtypes[one.name]) for one in self.targets}
         if options.blocks is not None:
             for target in self.targets:
                 options.blocks.require_blocks(target.fan_in, target.name)
@@ -132,7 +138,7 @@ class FoundMask:
     """A mask in memory and its validation results.
 
     Attributes:
-        keep: Bool keep mask of each target, by module name, on the CPU.
+        mask: Mask of each target, by module name, on the CPU: bool, True = keep, or the uint8 codes of a soft mask.
         unmasked_loss: Validation loss per answer token, or per preference, without a mask.
         start_loss: Validation loss with the mask of the initial scores.
         best_loss: Validation loss with this mask, which is the best one unless the last was to be kept.
@@ -149,7 +155,7 @@ class FoundMask:
         rewards: Rewards of preferences with this mask; None for single answers.
     """
 
-    keep: dict[str, torch.Tensor]
+    mask: dict[str, torch.Tensor]
     unmasked_loss: float
     start_loss: float
     best_loss: float

@@ -86,7 +86,8 @@ class ScoreStart:
             return f"{highest:.3g}"
         if self.options.start == "weights":
             return f"{highest:.3g}, {_RATE_FACTOR:g} times that of fine-tuning ({self.fft_learning_rate:.3g})"
-        start = f"N(0, {self.std:g})" if self.options.start == "normal" else "the initial scores"
+        starts = {"normal": f"N(0, {self.std:g})", "identity": "the multiplier 1"}
+        start = starts.get(self.options.start, "the initial scores")
         return f"up to {highest:.3g}, scaled to {start}"
 
     def _scale(self, target: MaskTarget) -> float:
@@ -96,6 +97,8 @@ class ScoreStart:
                 return self.std
             case "kaiming":
                 return kaiming_bound(target)
+            case "identity":
+                return 1.0
             case _:
                 return abs(self.options.start_value - (self.options.threshold or 0.0))
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from mftctl.experiments.results import Rewards, Score
 from mftctl.masking.experts import MaskedPart
 from mftctl.masking.full_tensor import whole, whole_shape
 from mftctl.masking.layers import MaskedLinear, masked_layers, share_weights, unmasked
-from mftctl.masking.mask_file.codecs import Packed, count_kept, pack, unpack
+from mftctl.masking.mask_file.codecs import Packed
 from mftctl.training.candidates import RANK, Candidate
 from mftctl.training.loop import SftTrainer
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
@@ -39,7 +40,7 @@ class ScoreTrainer(SftTrainer):
         known_start_score: The score with them, if a score decides and the loss is known.
         known_start_rewards: The rewards with them, if the records are preferences and the loss is known.
         low_memory: Whether scores and moments are kept in bf16 and no masked weights are cached.
-        counted: The mask of each module at the last validation, as packed bits.
+        counted: The mask of each module at the last validation, as stored: packed bits, or the codes of a soft mask.
         start_masks: The masks of the initial scores; for a model without values, known once training has begun.
         unmasked_losses: Unmasked losses of the validation records, for such a model.
         unmasked_retained_loss: Unmasked loss on the retained data, if there is any; for such a model, known as above.
@@ -92,12 +93,12 @@ class ScoreTrainer(SftTrainer):
         if self.sharded_model is not None and self.sharded_model.shares_weights:
             share_weights(model)
         if self.rows is not None:
-            self.start_masks = self.packed_masks()
+            self.start_masks = self.stored_masks()
             self.unmasked_losses = self.losses(self.validation, masked=False)
             with unmasked(model):
                 self.unmasked_retained_loss = self.retained_loss()
             kept = (
-                count_kept(self.start_masks[name]) == whole_shape(module.scores).numel()
+                module.rule.keeps_all(self.start_masks[name], whole_shape(module.scores).numel())
                 for name, module in self.masked().items()
             )
             self.known_start_loss = mean_loss(self.unmasked_losses) if all(kept) else None
@@ -112,7 +113,7 @@ class ScoreTrainer(SftTrainer):
     ) -> dict[str, float]:
         """The validation loss per answer token; also logs the mask entries flipped since the last validation."""
         if self.start_loss is None:
-            self.counted = self.packed_masks()
+            self.counted = self.stored_masks()
             return self._evaluate_start(metric_key_prefix)
         turned = self._count_flips()
         before = next(line["eval_loss"] for line in reversed(self.state.log_history) if "eval_loss" in line)
@@ -151,31 +152,32 @@ class ScoreTrainer(SftTrainer):
                 with torch.no_grad():
                     modules[name].scores.copy_(values)
 
-    def masks(self) -> dict[str, torch.Tensor]:
-        """The current bool keep mask of each masked module, by its name."""
-        return {name: module.keep() for name, module in self.masked().items()}
+    def stored_masks(self) -> dict[str, Packed]:
+        """The current masks as stored, with one mask of the weight's shape in memory at a time."""
+        return {name: module.stored_mask() for name, module in self.masked().items()}
 
-    def packed_masks(self) -> dict[str, Packed]:
-        """The current masks as packed bits (one bit per weight), with one unpacked mask in memory at a time."""
-        return {name: pack(module.keep()) for name, module in self.masked().items()}
+    def flipped_since_start(self) -> int:
+        """The number of entries removed at either the start or the last validation, but not at both."""
+        return sum(
+            int(((self._mask(name, self.start_masks[name]) == 0) ^ (self._mask(name, packed) == 0)).sum())
+            for name, packed in self.counted.items()
+        )
 
     def _count_flips(self) -> dict[str, float]:
         """The entries flipped since the last count, and the expected reduction of the loss.
 
         The estimate is first-order, from Adam's running mean of the gradients.
         """
-        before, self.counted = self.counted, self.packed_masks()
+        before, self.counted = self.counted, self.stored_masks()
         removed = restored = 0
         promised = 0.0
         for name, module in self.masked().items():
-            gone = self._whole(name, before[name] & ~self.counted[name])
-            back = self._whole(name, ~before[name] & self.counted[name])
-            removed, restored = removed + int(gone.sum()), restored + int(back.sum())
-            if gone.any() or back.any():
-                gradient = self._mean_gradient(module.scores)
-                if module.rule.uses_magnitude:
-                    gradient = gradient * whole(module.scores).sign()
-                promised += float(gradient[gone].sum() - gradient[back].sum())
+            if np.array_equal(before[name], self.counted[name]):
+                continue
+            old, new = self._mask(name, before[name]), self._mask(name, self.counted[name])
+            removed += int(((old != 0) & (new == 0)).sum())
+            restored += int(((old == 0) & (new != 0)).sum())
+            promised += module.rule.promised(self._mean_gradient(module.scores), whole(module.scores), old, new)
         return {"removed": removed, "restored": restored, "promised": promised}
 
     def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
@@ -185,10 +187,10 @@ class ScoreTrainer(SftTrainer):
         mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
         return mean
 
-    def _whole(self, name: str, packed: Packed) -> torch.Tensor:
-        """A module's packed mask as a bool tensor of the weight's shape and on its device."""
-        shape, device = whole_shape(self.masked()[name].scores), self.args.device
-        return torch.from_numpy(unpack(packed, shape.numel())).view(shape).to(device)
+    def _mask(self, name: str, stored: Packed) -> torch.Tensor:
+        """A module's mask in the weight's shape and on its device."""
+        module = self.masked()[name]
+        return module.rule.mask(stored, whole_shape(module.scores)).to(self.args.device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -9,14 +10,19 @@ from typing import TypeVar
 import torch
 
 from mftctl.errors import OutputError
-from mftctl.experiments.mask_results import KeptMask
+from mftctl.experiments.mask_results import KeptMask, SoftMask
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run
+from mftctl.files.atomic import atomic_file
+from mftctl.masking.delta.records import DeltaMetadata, NamedModel
+from mftctl.masking.delta.soft_file import write_soft_mask
 from mftctl.masking.mask import Mask, mask_permit, save_mask
 from mftctl.masking.mask_file.document import MaskMetadata
+from mftctl.masking.soft_mask import IDENTITY_CODES
 from mftctl.masking.targets import MaskTarget, format_layers
 from mftctl.runtime.processes import is_first
+from mftctl.training.mask_search import MaskSearch
 
 KeyType = TypeVar("KeyType", int, str)
 
@@ -46,30 +52,89 @@ def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:
         weights=mask.weights,
         removed=mask.removed,
         ratio=mask.ratio,
+        soft=None,
     )
 
 
-def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
+def keep_soft_mask(
+    codes: Mapping[str, torch.Tensor],
+    search: MaskSearch,
+    recipe: Recipe,
+    source: ModelSource,
+    run: Run,
+    *,
+    may_replace: bool,
+) -> KeptMask:
+    """Writes a soft mask to the run folder and the output path; returns both paths and a summary of it.
+
+    Args:
+        codes: uint8 codes by target name.
+        search: The search that found it, with the whole model.
+        recipe: The recipe of the run.
+        source: The fine-tuned model.
+        run: Open run, with or without an output path.
+        may_replace: Whether to replace a mask file at the output path.
+    """
+    path, limit = run.folder / "mask.bits", recipe.mask_train.max_multiplier
+    output, refused = run.record.output, None
+    if is_first():
+        metadata = DeltaMetadata(
+            values="scale",
+            base=NamedModel(source.model, recipe.revision),
+            tuned=(),
+            method=recipe.mask_train.method,
+            seed=recipe.seed,
+            run_id=run.name,
+        )
+        write_soft_mask(codes, limit, search.targets, search.model, search.inputs.checkpoint, path, metadata)
+        if output is not None:
+            try:
+                with atomic_file(Path(output), mask_permit(replace=may_replace)) as temporary:
+                    shutil.copyfile(path, temporary)
+            except OutputError as error:
+                output, refused = None, str(error)
+    weights = sum(own.numel() for own in codes.values())
+    removed = sum(int((own == 0).sum()) for own in codes.values())
+    distances = sum(float((own.double() / IDENTITY_CODES[limit] - 1).abs().sum()) for own in codes.values())
+    return KeptMask(
+        mask=str(path.resolve()),
+        output=output,
+        output_refused=refused,
+        tensors=len(codes),
+        weights=weights,
+        removed=removed,
+        ratio=removed / weights,
+        soft=SoftMask(
+            max_multiplier=limit,
+            changed=sum(int((own != IDENTITY_CODES[limit]).sum()) for own in codes.values()),
+            mean=sum(float(own.double().sum()) for own in codes.values()) / IDENTITY_CODES[limit] / weights,
+            mean_change=distances / weights,
+            file_bytes=path.stat().st_size,
+        ),
+    )
+
+
+def layer_ratios(mask: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
     """The share removed in each masked decoder layer, by index; with a threshold, it is not known beforehand."""
-    found = _shares(keep, targets, lambda target: target.layer)
+    found = _shares(mask, targets, lambda target: target.layer)
     return {str(layer): found[layer] for layer in sorted(found)}
 
 
-def projection_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
+def projection_ratios(mask: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
     """The share removed in each kind of projection, such as `q_proj`, in model order."""
-    return _shares(keep, targets, lambda target: target.projection)
+    return _shares(mask, targets, lambda target: target.projection)
 
 
 def _shares(
-    keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget], key: Callable[[MaskTarget], KeyType]
+    mask: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget], key: Callable[[MaskTarget], KeyType]
 ) -> dict[KeyType, float]:
     """The share removed among the targets with the same key."""
     removed: dict[KeyType, int] = {}
     weights: dict[KeyType, int] = {}
     for target in targets:
-        bits, place = keep[target.name], key(target)
-        removed[place] = removed.get(place, 0) + bits.numel() - int(bits.sum())
-        weights[place] = weights.get(place, 0) + bits.numel()
+        own, place = mask[target.name], key(target)
+        removed[place] = removed.get(place, 0) + int((own == 0).sum())
+        weights[place] = weights.get(place, 0) + own.numel()
     return {place: removed[place] / weights[place] for place in weights}
 
 

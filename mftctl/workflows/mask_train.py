@@ -28,6 +28,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
+from mftctl.masking.delta.soft_file import stored_dtypes
 from mftctl.masking.mask import Mask
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.progress import Listener, Progress
@@ -58,7 +59,7 @@ from mftctl.training.reference import Reference, require_whole_reference, turn_o
 from mftctl.training.retention import make_retention
 from mftctl.training.step_scores import StepScores, step_scores
 from mftctl.workflows.budget import ratios_in_budget
-from mftctl.workflows.mask_result import keep_mask, layer_ratios, mask_metadata, projection_ratios
+from mftctl.workflows.mask_result import keep_mask, keep_soft_mask, layer_ratios, mask_metadata, projection_ratios
 from mftctl.workflows.model_before import model_before, model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
@@ -171,6 +172,7 @@ def _search(
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     pairs = None if base_folder is None else pair_targets(targets, model, base_folder, inputs.checkpoint)
+    dtypes = stored_dtypes(targets, model, inputs.checkpoint) if options.mask == "soft" else {}
     ratios = _ratios(model, targets, options, prepared, run, listener, has_values=weights is None)
     scores = _step_scores(recipe, inputs, weights, run, listener)
     inputs, confirming = _split(inputs, model, options, listener)
@@ -202,6 +204,7 @@ def _search(
             retention=retention,
             unmasked_retained_loss=None if retention is None or weights is not None else retention.loss(model),
             ratios=ratios,
+            stored_dtypes=dtypes,
             unmasked_rewards=None if unmasked is None else objective_of(options).rewards(unmasked),
         )
         if options.method == "learned":
@@ -232,21 +235,26 @@ def _mask(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run) ->
     """The mask with its metadata."""
     search, metadata = searched.search, mask_metadata(recipe, source, run, searched.layers, searched.base)
     checkpoint = search.inputs.checkpoint
-    return build_mask(searched.found.keep, search.targets, search.model, checkpoint, metadata, searched.pairs)
+    return build_mask(searched.found.mask, search.targets, search.model, checkpoint, metadata, searched.pairs)
 
 
 def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run, *, may_replace: bool) -> MeasuredMask:
     """Writes the mask and returns the result."""
     search, found, options = searched.search, searched.found, recipe.mask_train
+    kept = (
+        keep_soft_mask(found.mask, search, recipe, source, run, may_replace=may_replace)
+        if options.writes_multipliers
+        else keep_mask(_mask(searched, recipe, source, run), run, may_replace=may_replace)
+    )
     return MeasuredMask(
-        **keep_mask(_mask(searched, recipe, source, run), run, may_replace=may_replace).document(),
+        **kept.document(),
         state=mask_state(options),
         model=source.model,
         base=searched.base,
         layers=format_layers(searched.layers),
-        layer_ratios=layer_ratios(found.keep, search.targets),
+        layer_ratios=layer_ratios(found.mask, search.targets),
         tensor_ratios={one.weight_name: search.ratios[one.name] for one in search.targets} if search.ratios else None,
-        projection_ratios=projection_ratios(found.keep, search.targets) if search.ratios else None,
+        projection_ratios=projection_ratios(found.mask, search.targets) if search.ratios else None,
         unmasked_loss=found.unmasked_loss,
         start_loss=found.start_loss,
         best_loss=found.best_loss,
@@ -353,7 +361,7 @@ def _confirmation(search: MaskSearch, found: FoundMask, confirming: Sequence[Enc
         return None
     if found.confirming is not None:
         return compare(*found.confirming, search.listener)
-    return confirm(search, found.keep, confirming) if confirming else None
+    return confirm(search, found.mask, confirming) if confirming else None
 
 
 def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, may_replace: bool) -> DroppedMask:

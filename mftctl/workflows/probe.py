@@ -243,7 +243,7 @@ class _ProbedModel:
             return outcome
         self._make_whole()
         targets = self._targets(group)
-        with masked(targets, found.keep, self._before(targets)):
+        with masked(targets, found.mask, base=self._before(targets)):
             score = self._scorer.score(self.model, folder)
         return TrainedGroup(
             **outcome.document(),

@@ -93,7 +93,7 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
             found = learn_mask(search)
             yield from _speed(name, run, scale)
             yield Measurement(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
-            confirmation = confirm(search, found.keep, confirming)
+            confirmation = confirm(search, found.mask, confirming)
         yield Measurement(f"{name}: change in loss at confirmation", confirmation.change)
         yield Check(f"{name}: the mask is measured", math.isfinite(confirmation.change))
 

@@ -36,7 +36,7 @@ from tests.cli.running import CommandLine
         (["fft", "--resume"], 1, "no stopped fft run"),
         (["fft", "--resume", "--lr", "1e-4"], 2, "keeps its settings"),
         (["fft", "--set", "fft.epoch=2"], 2, "did you mean epochs"),
-        (["fft", "--set", "ratio=0.2"], 2, "did you mean fft.ratio, mask_train.ratio or delta.ratio"),
+        (["fft", "--set", "ratio=0.2"], 2, "did you mean fft.ratio, delta.ratio or mask_train.ratio"),
         (["fft", "--set", "seed"], 2, "--set needs a key and a value"),
         (["fft", "--eval-steps", "3"], 2, "No such option: --eval-steps (Possible options: --val-steps)"),
         (["mask-train", "--eval-every", "3"], 2, "(Possible options: --benchmark-every)"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.mask_train_options import MaskTrainOptions
@@ -10,6 +11,8 @@ from mftctl.experiments.presets import (
     DEFAULT_FROZEN_RATIO,
     DEFAULT_PATIENCE,
     DEFAULT_RATIO,
+    DEFAULT_SOFT_TRAVEL,
+    DEFAULT_TRAVEL,
     DEFAULT_UPDATE_RATIO,
     SETTLED,
 )
@@ -47,6 +50,45 @@ def test_a_change_updates_options_that_were_not_given(changes: dict[str, Any], i
     changed = with_changes(parse_recipe({}), {f"mask_train.{key}": value for key, value in changes.items()})
     options = changed.mask_train
     assert (options.start, options.ranking, options.threshold, options.ratio, options.patience) == in_force
+
+
+@pytest.mark.parametrize(
+    ("given", "in_force"),
+    [
+        ({}, (DEFAULT_PATIENCE, DEFAULT_SOFT_TRAVEL)),
+        ({"harden": True}, (None, DEFAULT_TRAVEL)),
+        ({"harden": True, "patience": 3, "travel": 0.7}, (3, 0.7)),
+    ],
+    ids=str,
+)
+def test_soft_masks_start_as_the_identity_without_a_ratio(given: dict[str, Any], in_force: tuple[object, ...]) -> None:
+    options = MaskTrainOptions.model_validate({"mask": "soft", **given})
+    assert (options.start, options.ratio, options.threshold) == ("identity", None, None)
+    assert (options.patience, options.travel) == in_force
+    assert options.writes_multipliers == (not options.harden)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mask": "hard", "harden": True}, "mask_train.harden applies only to soft masks"),
+        ({"max_multiplier": 2}, "mask_train.max_multiplier applies only to soft masks"),
+        ({"start": "identity"}, "start: identity applies only to soft masks"),
+        ({"mask": "soft", "method": "random"}, "soft masks are learned; the method is random"),
+        ({"mask": "soft", "kind": "delta"}, "it applies only to kind weight"),
+        ({"mask": "soft", "preset": "paper"}, "does not apply to the preset paper"),
+        ({"mask": "soft", "ratio": 0.1}, "mask_train.ratio decides which weights a hard mask removes"),
+        ({"mask": "soft", "threshold": 0.0}, "mask_train.threshold decides which weights a hard mask removes"),
+        ({"mask": "soft", "pattern": "2:4"}, "mask_train.pattern decides which weights a hard mask removes"),
+        ({"mask": "soft", "start": "normal"}, "soft masks start as the identity, not as normal"),
+        ({"mask": "soft", "harden": True, "max_multiplier": 2}, "does not apply to max_multiplier 2"),
+        ({"mask": "soft", "max_multiplier": 3}, "1 or 2"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_with_soft_masks_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MaskTrainOptions.model_validate(given)
 
 
 def test_a_change_of_the_preset_keeps_given_options() -> None:
@@ -95,3 +137,9 @@ def test_a_drop_is_a_delta_mask_whatever_it_inherits() -> None:
     dropped = parse_recipe(as_given(to_document(parse_recipe({"mask_train": {"method": "drop"}}))))
     assert dropped.mask_train.kind == "delta"
     assert with_changes(dropped, {"mask_train.method": "learned"}).mask_train.kind == "weight"
+
+
+@pytest.mark.parametrize("given", [{}, {"harden": True}, {"max_multiplier": 2, "travel": 0.3}], ids=str)
+def test_the_configuration_of_a_soft_mask_is_read_back(given: dict[str, Any]) -> None:
+    recipe = parse_recipe({"mask_train": {"mask": "soft", **given}})
+    assert parse_recipe(as_given(to_document(recipe))) == recipe

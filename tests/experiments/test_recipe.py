@@ -221,7 +221,7 @@ def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
 @pytest.mark.parametrize(
     ("document", "problem"),
     [
-        ({"travel": 3.2}, "travel applies only to start normal, kaiming, constant; the start is weights"),
+        ({"travel": 3.2}, "travel applies only to start normal, kaiming, constant, identity; the start is weights"),
         ({"start_std": 0.1}, "start_std applies only to start normal; the start is weights"),
         ({"start_value": 0.1}, "start_value applies only to start constant; the start is weights"),
         ({"start_value": 0.1, "preset": "paper"}, "start_value applies only to start constant; the start is normal"),

@@ -348,7 +348,7 @@ def test_rows_are_for_weight_masks() -> None:
         ({"fft": {"epoch": 1}}, "fft.epoch: unknown key; did you mean epochs?"),
         ({"mask_train": {"ration": 1}}, "mask_train.ration: unknown key; did you mean ratio?"),
         ({"mask-train": {}}, "mask-train: unknown key; did you mean mask_train?"),
-        ({"ratio": 0.1}, "ratio: unknown key; did you mean fft.ratio, mask_train.ratio or delta.ratio?"),
+        ({"ratio": 0.1}, "ratio: unknown key; did you mean fft.ratio, delta.ratio or mask_train.ratio?"),
         ({"fft": {"threshold": 0.1}}, "fft.threshold: unknown key; did you mean mask_train.threshold?"),
         ({"eval": {"lora_rank": 8}}, "eval.lora_rank: unknown key; did you mean fft.lora_rank?"),
         ({"fft": {"seed": 3}}, "fft.seed: unknown key; did you mean seed?"),

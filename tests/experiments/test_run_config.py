@@ -45,6 +45,7 @@ def test_a_document_has_all_settings_and_names_the_defaults() -> None:
         "mask_train.ratio",
         "mask_train.ranking",
         "mask_train.start",
+        "mask_train.travel",
     ]
 
 
@@ -125,6 +126,7 @@ def test_an_older_run_is_read_with_its_settings_under_current_names(tmp_path: Pa
         "ranking": "absolute",
         "start": "normal",
         "keep": "best",
+        "travel": 1.6,
     }
     assert config["probe"]["groups"] == [4]
     resumed, again = load_recipe(base=config), load_recipe(str(folder / "config.yaml"))
@@ -155,7 +157,8 @@ def test_a_recipe_outside_a_run_folder_has_current_names_only(tmp_path: Path) ->
         ({"fft": {"eval_limit": 1}}, "fft.eval_limit: unknown key; did you mean benchmark_limit?"),
         (
             {"mask_train": {"start": "magnitude"}},
-            "mask_train.start: input should be 'weights', 'normal', 'kaiming' or 'constant', got 'magnitude'; "
+            "mask_train.start: input should be 'weights', 'normal', 'kaiming', 'constant' or 'identity', "
+            "got 'magnitude'; "
             "did you mean weights?",
         ),
         (

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from mftctl.experiments.delta_options import DeltaOptions
 from mftctl.experiments.fft_options import FftOptions
 from mftctl.experiments.mask_train_options import MaskTrainOptions
-from mftctl.experiments.delta_options import DeltaOptions
 from mftctl.experiments.state_names import (
     AVERAGED,
     CONTINUED_FFT,
@@ -63,9 +63,22 @@ def test_states_stand_in_the_order_of_the_papers() -> None:
     of_preferences = ["MFT DPO, paper", "MFT DPO, reference", "MFT DPO", "MFT DPO threshold"]
     first = labels.index("MFT, paper")
     assert labels[first : first + 8] == [*masks, *of_preferences]
+    assert labels[first + 8 : first + 12] == ["MFT soft", "MFT DPO soft", "MFT hardened", "MFT DPO hardened"]
     first = labels.index("MFT delta, paper")
     assert labels[first : first + 8] == [label.replace("MFT", "MFT delta") for label in (*masks, *of_preferences)]
     assert labels[-1] == "masked"
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [({}, "MFT soft"), ({"harden": True}, "MFT hardened"), ({"objective": "dpo"}, "MFT DPO soft")],
+    ids=str,
+)
+def test_soft_masks_are_named_and_learned(options: dict[str, Any], label: str) -> None:
+    assert mask_state(MaskTrainOptions.model_validate({"mask": "soft", **options})) == label
+    state = known_state(label)
+    assert state is not None
+    assert state.is_mft
 
 
 def test_masks_and_drops_are_told_apart() -> None:

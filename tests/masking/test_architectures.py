@@ -50,7 +50,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def mask_of(model: PreTrainedModel, base: Path) -> Mask:
-    keep = {name: module.keep() for name, module in masked_layers(model)}
+    keep = {name: module.mask() for name, module in masked_layers(model)}
     detach_masks(model)
     mask = build_mask(keep, find_targets(model, [1]), model, base, METADATA)
     assert len(mask) == len(keep)

@@ -188,4 +188,4 @@ def test_experts_equal_separate_experts_with_autograd(family: str, rule: MaskRul
             reference = torch.zeros_like(module.scores)  # gradient of an expert without tokens
         torch.testing.assert_close(module.scores.grad, reference, rtol=1e-4, atol=1e-8)
         product = module.target.part_of(experts.product(module.target.parameter))
-        assert torch.equal(product, torch.where(module.keep(), module.weight, base[name]))
+        assert torch.equal(product, torch.where(module.mask(), module.weight, base[name]))

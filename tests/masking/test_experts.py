@@ -138,7 +138,7 @@ def test_each_stored_tensor_loses_its_own_share() -> None:
     made.scores[low] = made.scores[low] * 1e-6
     attach_masks(made.model, made.targets, made.scores, MaskRule(0.137))
     for _, module in masked_layers(made.model):
-        keep = module.keep().numpy()
+        keep = module.mask().numpy()
         assert (keep == keep_by_sorting(module.scores.detach().abs().numpy(), 0.137)).all()
         assert (~keep).sum() == removed_count(keep.size, 0.137)
 
@@ -148,7 +148,7 @@ def test_among_equal_scores_the_lowest_index_of_each_stored_tensor_goes() -> Non
     scores = {target.name: torch.ones_like(target.weight) for target in made.targets}
     attach_masks(made.model, made.targets, scores, MaskRule(0.1))
     for _, module in masked_layers(made.model):
-        keep = module.keep().flatten()
+        keep = module.mask().flatten()
         count = removed_count(keep.numel(), 0.1)
         assert not keep[:count].any()
         assert keep[count:].all()
@@ -182,7 +182,7 @@ def test_every_kind_of_optimizer_step_renews_the_products(options: dict[str, boo
         assert isinstance(experts, MaskedExperts)
         for _, module in masked_layers(made.model):
             product = module.target.part_of(experts.product(module.target.parameter))
-            assert torch.equal(product, module.weight * module.keep())
+            assert torch.equal(product, module.weight * module.mask())
 
 
 def test_weights_are_never_modified_and_are_restored() -> None:

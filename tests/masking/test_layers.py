@@ -173,7 +173,7 @@ def test_every_kind_of_optimizer_step_renews_the_mask(options: dict[str, bool]) 
         layer(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        expected = layer.weight.detach() * layer.keep()
+        expected = layer.weight.detach() * layer.mask()
         assert torch.equal(layer.masked_weight(), expected)
 
 
@@ -297,8 +297,8 @@ def test_the_magnitude_start_removes_what_training_carries_through_zero() -> Non
         mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
         trained -= 0.01 * (mean / (1 - 0.9**step)) / np.sqrt(square / (1 - 0.999**step))
         np.testing.assert_allclose(layer.scores.detach().numpy(), trained * np.sign(weight), atol=1e-9)
-        assert ((trained * weight >= 0) == layer.keep().numpy()).all()
-        turned.add(int((~layer.keep()).sum()))
+        assert ((trained * weight >= 0) == layer.mask().numpy()).all()
+        turned.add(int((~layer.mask()).sum()))
     assert len(turned) > 3
 
 

@@ -32,7 +32,7 @@ def test_a_mask_is_applied_to_the_weights_and_undone_bit_for_bit(name: str, dtyp
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     base = {target.name: torch.randn(target.weight.shape).to(dtype) for target in targets}
     zero = {target.name: torch.zeros_like(target.weight) for target in targets}
-    with suppress(KeyboardInterrupt), masked(targets, keep, None if kind == "weight" else base):
+    with suppress(KeyboardInterrupt), masked(targets, keep, base=None if kind == "weight" else base):
         for target in targets:
             expected = (zero if kind == "weight" else base)[target.name][~keep[target.name]]
             removed = target.weight[~keep[target.name]]

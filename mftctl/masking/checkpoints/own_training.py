@@ -116,7 +116,7 @@ def collect_mask(model: PreTrainedModel, checkpoint: str | Path | None = None) -
         seed=attached.seed,
         run_id=None,
     )
-    keep = {name: module.keep().cpu() for name, module in masked_layers(model)}
+    keep = {name: module.mask().cpu() for name, module in masked_layers(model)}
     return build_mask(keep, attached.targets, model, resolve_checkpoint(name), metadata)
 
 

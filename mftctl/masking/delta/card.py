@@ -20,6 +20,7 @@ VALUES_TEXT: dict[ValuesKind, str] = {
     "bf16": "changes in bf16",
     "int8": "changes in 8 bits",
     "sign": "signs, with one scale per tensor",
+    "scale": "multipliers in 8 bits",
 }
 
 
@@ -30,41 +31,57 @@ def write_delta_card(delta: Delta, *, base_model: str) -> str:
         delta: The applied delta.
         base_model: Name or folder of the base it was applied to.
     """
-    contents, metadata = delta.contents, delta.contents.metadata
-    tuned = [model.model for model in metadata.tuned]
-    front_matter = ModelCardData(base_model=base_model, library_name="transformers", tags=["delta", "mftctl"]).to_yaml()
+    metadata, is_soft = delta.contents.metadata, delta.contents.metadata.kind == "scale"
+    kind = "soft-mask" if is_soft else "delta"
+    front_matter = ModelCardData(base_model=base_model, library_name="transformers", tags=[kind, "mftctl"]).to_yaml()
+    tuned = ", ".join(markdown_code(model.model) for model in metadata.tuned)
+    title = f"{base_model}, with a soft mask" if is_soft else f"{metadata.tuned[0].model}, from a delta file"
+    records = delta.contents.tensors.values()
+    numbers = f"{sum(record.kept for record in records):,} of {sum(record.weights for record in records):,} weights"
+    done = (
+        f"with {numbers} multiplied by the numbers of a soft mask"
+        if is_soft
+        else f"with the changes that fine-tuning it to {tuned} made to {numbers}"
+    )
+    return (
+        f"---\n{front_matter}\n---\n\n# {markdown_text(title)}\n\n"
+        f"This is {markdown_code(base_model)} {done}. All other weights are those of the base, whose model card also "
+        "applies to this model.\n\n"
+        f"| {'Soft mask' if is_soft else 'Delta'} | |\n| --- | --- |\n{_facts(delta)}\n\n"
+        f"| Tensor | Weights | Changed |\n| --- | ---: | ---: |\n{_tensors(delta)}\n\nMade with mftctl.\n"
+    )
+
+
+def _facts(delta: Delta) -> str:
+    """The rows of the table of facts."""
+    metadata = delta.contents.metadata
     with delta.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    file = "Soft mask" if metadata.kind == "scale" else "Delta file"
     facts = {
-        "Fine-tuned": ", ".join(model.label for model in metadata.tuned),
+        "Fine-tuned": ", ".join(model.label for model in metadata.tuned) or None,
         "Selection": metadata.method,
         "Requested ratio": metadata.ratio,
         "Values": VALUES_TEXT[metadata.values],
         "Factor of kept changes": metadata.scale,
         "Seed": metadata.seed,
         "Run": metadata.run_id,
-        "Delta file, bytes": f"{delta.size_bytes:,}",
+        f"{file}, bytes": f"{delta.size_bytes:,}",
     }
     rows = [(name, markdown_text(str(value))) for name, value in facts.items() if value is not None]
-    rows += [("Delta file (SHA-256)", f"`{digest}`")]
+    rows += [(f"{file} (SHA-256)", f"`{digest}`")]
     rows += [
         ("Changes left out", f"{in_table(markdown_code(name))} ({one.reason})")
-        for name, one in contents.left_out.items()
+        for name, one in delta.contents.left_out.items()
     ]
-    kept = sum(record.kept for record in contents.tensors.values())
-    weights = sum(record.weights for record in contents.tensors.values())
-    tensors = "\n".join(
+    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _tensors(delta: Delta) -> str:
+    """The rows of the table of tensors."""
+    return "\n".join(
         f"| {in_table(markdown_code(name))} | {record.weights:,} | {record.kept:,} |"
-        for name, record in contents.tensors.items()
-    )
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        f"---\n{front_matter}\n---\n\n# {markdown_text(tuned[0])}, from a delta file\n\n"
-        f"This is {markdown_code(base_model)} with the changes that fine-tuning it to "
-        f"{', '.join(map(markdown_code, tuned))} made to {kept:,} of {weights:,} weights. All other weights are those "
-        "of the base, whose model card also applies to this model.\n\n"
-        f"| Delta | |\n| --- | --- |\n{table}\n\n"
-        f"| Tensor | Weights | Changed |\n| --- | ---: | ---: |\n{tensors}\n\nMade with mftctl.\n"
+        for name, record in delta.contents.tensors.items()
     )
 
 

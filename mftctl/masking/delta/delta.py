@@ -17,6 +17,7 @@ from mftctl.masking.delta.document import (
     VALUES,
     DeltaContents,
     is_delta_document,
+    kind_of_document,
     parse_delta_document,
     require_payloads,
 )
@@ -32,6 +33,7 @@ from mftctl.masking.delta.steps import Bits
 from mftctl.masking.delta.value_codecs import decode_file, decode_raw
 from mftctl.masking.delta.values import KeptValues, decode_values, values_size_bytes
 from mftctl.masking.mask_file.codecs import decode
+from mftctl.masking.mask_file.document import parse_fields
 from mftctl.masking.mask_file.reader import StoredPayloads, readable, require_count
 
 DELTA_SUFFIX = ".delta"
@@ -120,8 +122,17 @@ class Delta:
         size_bytes = values_size_bytes(record.values, record.kept, record.dtype)
         payload = self._payloads[VALUES + name]
         raw = decode_raw(payload, record.values_codec, size_bytes, path=self.path, key=name)
-        bits, values = self._bits(name, record), decode_values(record.values, raw, record.kept, record.dtype)
-        return TensorChange(record, bits, values, self.path, name)
+        try:
+            values = decode_values(record.values, raw, record.kept, record.dtype)
+        except ValueError as error:
+            raise MaskFormatError(
+                "The values of this tensor violate the format.",
+                path=self.path,
+                key=name,
+                actual=str(error),
+                hint=_DAMAGE_HINT,
+            ) from error
+        return TensorChange(record, self._bits(name, record), values, self.path, name)
 
     def bits(self, name: str) -> KeepBits:
         """Which entries of a tensor stay changed.
@@ -209,11 +220,24 @@ def open_delta(path: Path | str) -> Iterator[Delta]:
 
 def is_delta_file(path: Path | str) -> bool:
     """True if a file has the layout and the version of a delta file, valid or not; False if it cannot be read."""
-    path = Path(path)
+    document = _document(Path(path))
+    return document is not None and is_delta_document(document, Path(path))
+
+
+def is_soft_mask(path: Path | str) -> bool:
+    """True if a file is laid out as a soft mask, valid or not; False if it cannot be read."""
+    document = _document(Path(path))
+    return document is not None and kind_of_document(document, Path(path)) == "scale"
+
+
+def _document(path: Path) -> bytes | None:
+    """The document of a file; None if it cannot be read or is no JSON."""
     try:
         with readable(path):
             stream = open_regular(path)
         with stream:
-            return is_delta_document(StoredPayloads(stream, path).document, path)
+            document = StoredPayloads(stream, path).document
+            parse_fields(document, path)
+            return document
     except MaskFormatError:
-        return False
+        return None

@@ -15,6 +15,7 @@ from mftctl.masking.delta.records import (
     BitsCodec,
     CarriedFile,
     ChangedTensor,
+    DeltaKind,
     DeltaMetadata,
     LeftOut,
     LeftOutReason,
@@ -126,7 +127,7 @@ class _ChangedEntry(Strict):
     def _counts_fit(self) -> _ChangedEntry:
         check_counts(self.shape, self.removed)
         record = self.record()
-        if record.kept == 0:
+        if record.kept == 0 and self.values != "scale":
             raise ValueError("a changed tensor must have a changed entry")
         if self.codec == "all" and self.removed:
             raise ValueError(f"codec all keeps every entry, but {self.removed} are removed")
@@ -169,7 +170,7 @@ class DeltaDocument(Strict):
     """The JSON document of a delta file; every key is required and no others are allowed."""
 
     format_version: Literal[3]
-    kind: Literal["delta"]
+    kind: DeltaKind
     bit_order: Literal["little"]
     values: ValuesKind
     tensors: Annotated[dict[_Name, _ChangedEntry], Field(min_length=1)]
@@ -177,7 +178,7 @@ class DeltaDocument(Strict):
     left_out: dict[_Name, _LeftOutEntry]
     files: dict[Annotated[str, AfterValidator(_carried)], _FileEntry]
     base: CheckpointEntry
-    tuned: Annotated[list[CheckpointEntry], Field(min_length=1)]
+    tuned: list[CheckpointEntry]
     method: Annotated[Text, Field(min_length=1)]
     ratio: Ratio | None
     scale: Scale | None
@@ -190,6 +191,22 @@ class DeltaDocument(Strict):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{twice} is both changed and not")
+        return self
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> DeltaDocument:
+        is_soft = self.kind == "scale"
+        if is_soft != (self.values == "scale"):
+            raise ValueError("values are of kind scale in a soft mask, and only there")
+        if is_soft != (not self.tuned):
+            raise ValueError("a delta file names its fine-tuned models, and a soft mask has none")
+        for name, entry in self.tensors.items():
+            if is_soft and entry.values != "scale":
+                raise ValueError(f"tensors.{name}.values of a soft mask must be of kind scale")
+            if not is_soft and entry.values == "scale":
+                raise ValueError(f"tensors.{name}.values must not be of kind scale in a delta file")
+        if is_soft and (self.left_out or self.files or self.scale is not None):
+            raise ValueError("a soft mask leaves out no tensor, carries no files and has no scale")
         return self
 
     def contents(self) -> DeltaContents:
@@ -222,7 +239,7 @@ def write_document(contents: DeltaContents) -> bytes:
     metadata = contents.metadata
     fields: dict[str, object] = {
         "format_version": DELTA_FORMAT_VERSION,
-        "kind": "delta",
+        "kind": metadata.kind,
         "bit_order": "little",
         "values": metadata.values,
         "tensors": {name: _entry(record) for name, record in contents.tensors.items()},
@@ -269,6 +286,16 @@ def is_delta_document(text: bytes, path: Path) -> bool:
         MaskFormatError: It is not JSON.
     """
     return version_of(parse_fields(text, path)) == DELTA_FORMAT_VERSION
+
+
+def kind_of_document(text: bytes, path: Path) -> object:
+    """The kind stated in a document of this version; None for another version.
+
+    Raises:
+        MaskFormatError: It is not JSON.
+    """
+    fields = parse_fields(text, path)
+    return fields.get("kind") if version_of(fields) == DELTA_FORMAT_VERSION and isinstance(fields, dict) else None
 
 
 def require_payloads(contents: DeltaContents, names: Iterable[str], path: Path) -> None:

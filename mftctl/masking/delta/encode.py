@@ -17,10 +17,10 @@ from mftctl.masking.delta.selection import Kept
 from mftctl.masking.delta.steps import Bits
 from mftctl.masking.delta.value_codecs import encode_raw
 from mftctl.masking.delta.values import (
+    ChangeKind,
     KeptValues,
     Raw,
     RoundedKind,
-    ValuesKind,
     decode_values,
     encode_exact,
     encode_rounded,
@@ -53,7 +53,7 @@ def encode_change(
     before: torch.Tensor,
     after: torch.Tensor,
     kept: Kept,
-    kind: ValuesKind,
+    kind: ChangeKind,
     *,
     scale: float | None = None,
     base_sha256: str,
@@ -123,7 +123,7 @@ def _rounded(pair: TensorPair, old: torch.Tensor, new: torch.Tensor, kind: Round
     return encode_rounded(kind, changes)
 
 
-def _require_room(pair: TensorPair, kind: ValuesKind, scale: float | None) -> None:
+def _require_room(pair: TensorPair, kind: ChangeKind, scale: float | None) -> None:
     if pair.base.dtype in SCALABLE_DTYPES or (kind == "exact" and scale is None):
         return
     raise MaskingError(

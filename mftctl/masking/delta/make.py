@@ -35,7 +35,7 @@ from mftctl.masking.delta.selection import (
 )
 from mftctl.masking.delta.spool import payload_spool
 from mftctl.masking.delta.store import Outcome, store_changes, write_with_files
-from mftctl.masking.delta.values import ValuesKind
+from mftctl.masking.delta.values import ChangeKind
 from mftctl.masking.dtypes import bits
 
 _MOST_AT_ONCE: Final = 2
@@ -55,7 +55,7 @@ class DeltaPlan:
     """
 
     selection: Selection = field(default_factory=Selection)
-    values: ValuesKind = "exact"
+    values: ChangeKind = "exact"
     rescale: bool = False
     exclude: tuple[Part, ...] = ()
     mask_path: Path = Path()

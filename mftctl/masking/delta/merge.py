@@ -27,7 +27,7 @@ from mftctl.masking.delta.records import BaseTensor, DeltaMetadata, LeftOut, Nam
 from mftctl.masking.delta.selection import Selection, select_entries
 from mftctl.masking.delta.spool import payload_spool
 from mftctl.masking.delta.store import Outcome, store_changes, write_with_files
-from mftctl.masking.delta.values import ValuesKind, wide_dtype
+from mftctl.masking.delta.values import ChangeKind, wide_dtype
 from mftctl.masking.dtypes import bits
 from mftctl.masking.mask_file.document import SCALABLE_DTYPES
 from mftctl.text import counted
@@ -182,9 +182,19 @@ def open_merge(deltas: Sequence[Delta], base: Path, plan: MergePlan) -> Merge:
         plan: How to merge, with one weight per delta.
 
     Raises:
-        MaskMismatchError: A delta was made from another base.
+        MaskMismatchError: A delta was made from another base, or is a soft mask.
         ModelError: The base cannot be read.
     """
+    soft = next((delta for delta in deltas if delta.contents.metadata.kind == "scale"), None)
+    if soft is not None:
+        raise MaskMismatchError(
+            "A soft mask is no fine-tuning to merge.",
+            path=soft.path,
+            key="kind",
+            expected="delta files (mftctl delta)",
+            actual="a soft mask",
+            hint="apply it to a model first, then mftctl delta BASE MASKED",
+        )
     first = deltas[0]
     index, expected = require_base(first, base), first.contents.base_tensors()
     for delta in deltas[1:]:
@@ -256,7 +266,7 @@ def merge_to_delta(
     merge: Merge,
     base: Path,
     output: Path,
-    values: ValuesKind,
+    values: ChangeKind,
     *,
     base_model: NamedModel,
     run_id: str | None = None,
@@ -299,7 +309,7 @@ def merge_to_delta(
         return write_with_files(output, metadata, found, merge.files()[0], spool, permit)
 
 
-def _outcomes(merge: Merge, values: ValuesKind) -> Iterator[tuple[str, Outcome]]:
+def _outcomes(merge: Merge, values: ChangeKind) -> Iterator[tuple[str, Outcome]]:
     for name in merge.names:
         before, after = merge.merged(name)
         stored = merge.index[name]

@@ -14,6 +14,9 @@ from mftctl.masking.mask_file.codecs import Codec
 BitsCodec = Codec | Literal["seeded", "all"]
 """Codecs of the bits: those of masks; 16 bytes from which they follow; or none, as every entry is kept."""
 
+DeltaKind = Literal["delta", "scale"]
+"""A fine-tuning, or a soft mask, which multiplies weights of the base."""
+
 LeftOutReason = Literal["dropped", "excluded"]
 """Why a change is not in the file: the ratio left none of its entries, or the user excluded the tensor."""
 
@@ -121,7 +124,7 @@ class DeltaMetadata:
     Attributes:
         values: The requested kind of values; vectors such as norms are exact in any case.
         base: The model before fine-tuning.
-        tuned: The fine-tuned model, or all of them if several deltas were merged.
+        tuned: The fine-tuned model, or all of them if several deltas were merged; none for a soft mask.
         method: How the kept entries were selected, such as "trivial", or how deltas were merged.
         ratio: The requested share of each matrix that keeps the base's value.
         scale: The factor that kept changes were multiplied by, above 1; None if they were kept as they are. The values
@@ -138,3 +141,8 @@ class DeltaMetadata:
     scale: float | None = None
     seed: int | None = None
     run_id: str | None = None
+
+    @property
+    def kind(self) -> DeltaKind:
+        """What the file holds."""
+        return "scale" if self.values == "scale" else "delta"

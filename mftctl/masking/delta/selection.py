@@ -18,7 +18,7 @@ from mftctl.masking.checkpoints.tensors import tensor_digest
 from mftctl.masking.counter_random import stream_key
 from mftctl.masking.delta.keep_bits import AllBits, KeepBits, PackedBits, seeded_bits
 from mftctl.masking.delta.records import BitsCodec
-from mftctl.masking.delta.values import ValuesKind
+from mftctl.masking.delta.values import ChangeKind
 from mftctl.masking.dtypes import bits
 from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.codecs import Codec, encode, pack
@@ -79,7 +79,7 @@ class Kept:
 
 
 def select_entries(
-    pair: TensorPair, before: torch.Tensor, after: torch.Tensor, selection: Selection, values: ValuesKind
+    pair: TensorPair, before: torch.Tensor, after: torch.Tensor, selection: Selection, values: ChangeKind
 ) -> Kept:
     """The entries of a tensor that stay changed.
 

@@ -1,7 +1,7 @@
-"""The values of changed entries: exact steps, changes in bf16, in 8 bits with one scale per block, or signs.
+"""The values of changed entries: exact steps, changes in bf16 or 8 bits with a scale per block, signs, or multipliers.
 
-Exact values are bit patterns and need no arithmetic. The others are changes that are added to the base in fp32 (fp64
-for F64), and the sum is rounded to the dtype.
+Exact values are bit patterns and need no arithmetic. Multipliers are those of a soft mask. The others are changes that
+are added to the base in fp32 (fp64 for F64), and the sum is rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 
 from mftctl.masking.delta.steps import Bits, step_from, steps_between
 from mftctl.masking.dtypes import INTEGER_VIEWS, TORCH_DTYPES, item_bytes, unsigned_view
+from mftctl.masking.soft_mask import Limit, largest_code, multiplied
 
-ValuesKind = Literal["exact", "bf16", "int8", "sign"]
+ValuesKind = Literal["exact", "bf16", "int8", "sign", "scale"]
+ChangeKind = Literal["exact", "bf16", "int8", "sign"]
 RoundedKind = Literal["bf16", "int8", "sign"]
 BLOCK: Final = 128
 """Consecutive kept changes that share a scale in 8 bits: a quarter of a bit per value."""
@@ -79,6 +81,27 @@ class RoundedChanges:
         weights[places] = after.view(weights.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Multipliers:
+    """Multipliers of a soft mask.
+
+    Attributes:
+        codes: uint8, one per kept entry.
+        limit: The largest multiplier.
+        dtype: Dtype of the weights.
+    """
+
+    codes: torch.Tensor
+    limit: Limit
+    dtype: torch.dtype
+
+    def put(self, weights: Bits, places: npt.NDArray[np.signedinteger[Any]], first: int) -> None:
+        """Multiplies some weights in place."""
+        before = torch.from_numpy(signed(weights[places])).view(self.dtype)
+        after = multiplied(before, self.codes[first : first + len(places)], self.limit)
+        weights[places] = after.view(INTEGER_VIEWS[self.dtype.itemsize]).numpy().view(weights.dtype)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that changes of weights of this dtype are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -107,6 +130,8 @@ def values_size_bytes(kind: ValuesKind, kept: int, dtype: str) -> int:
             return kept + _SCALE_BYTES * -(-kept // BLOCK)
         case "sign":
             return _SCALE_BYTES + (kept + 7) // 8
+        case "scale":
+            return 1 + kept
 
 
 def encode_exact(before: Bits, after: Bits) -> Raw:
@@ -143,6 +168,16 @@ def encode_rounded(kind: RoundedKind, changes: torch.Tensor) -> Raw:
             return np.concatenate([scale.view(np.uint8), positive])
 
 
+def encode_multipliers(codes: torch.Tensor, limit: Limit) -> Raw:
+    """The bytes of multipliers: the limit, then the codes.
+
+    Args:
+        codes: uint8 codes of the kept entries, flat.
+        limit: The largest multiplier.
+    """
+    return np.concatenate([np.array([limit], dtype=np.uint8), codes.numpy()])
+
+
 def decode_values(kind: ValuesKind, raw: Raw, kept: int, dtype: str) -> KeptValues:
     """The values in their bytes.
 
@@ -151,9 +186,20 @@ def decode_values(kind: ValuesKind, raw: Raw, kept: int, dtype: str) -> KeptValu
         raw: As many bytes as `values_size_bytes` states.
         kept: Number of kept entries.
         dtype: safetensors dtype of the tensor.
+
+    Raises:
+        ValueError: A multiplier is above the limit, or the limit is not one of a soft mask.
     """
     if kind == "exact":
         return ExactSteps(_unplaned(raw, unsigned_view(dtype)))
+    if kind == "scale":
+        limit = int(raw[0])
+        if limit not in (1, 2):
+            raise ValueError(f"the largest multiplier must be 1 or 2, not {limit}")
+        known: Limit = 1 if limit == 1 else 2
+        if (raw[1:] > largest_code(known)).any():
+            raise ValueError(f"a code is above {largest_code(known)}")
+        return Multipliers(torch.from_numpy(raw[1:].copy()), known, TORCH_DTYPES[dtype])
     match kind:
         case "bf16":
             patterns = _unplaned(raw, np.dtype("<u2"))

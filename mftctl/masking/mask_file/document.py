@@ -234,13 +234,16 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
     fields = parse_fields(text, path)
     version = version_of(fields)
     if version == DELTA_FORMAT_VERSION:
+        is_soft = isinstance(fields, dict) and fields.get("kind") == "scale"
         raise MaskFormatError(
-            "This is a delta file, which holds a whole fine-tuning, but a mask file is needed.",
+            "This is a soft mask, which holds multipliers, but a mask of bits is needed."
+            if is_soft
+            else "This is a delta file, which holds a whole fine-tuning, but a mask file is needed.",
             path=path,
             key="format_version",
             expected=f"{FORMAT_VERSION} or {SCALED_FORMAT_VERSION}",
             actual=version,
-            hint="mftctl apply, eval, generate and mask info take delta files",
+            hint=f"mftctl apply, eval, generate and mask info take {'soft masks' if is_soft else 'delta files'}",
         )
     if version is not None and version not in (FORMAT_VERSION, SCALED_FORMAT_VERSION):
         raise unknown_version(version, path)

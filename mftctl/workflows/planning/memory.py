@@ -271,7 +271,7 @@ def _outdate_products(model: nn.Module) -> None:
     """Invalidates the products of weights and masks, as a step does, so that the next pass recomputes them."""
     for module in model.modules():
         if isinstance(module, MaskedLinear):
-            module._scores_state, module._masked_weight = None, torch.empty(0)
+            module._state, module._masked_weight = None, torch.empty(0)
         elif isinstance(module, MaskedExperts):
             module._products.clear()
 

@@ -14,8 +14,9 @@ from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.device_selection import selection_workspace_bytes
 from mftctl.masking.hub_masks import local_mask
 from mftctl.masking.layers import attach_masks, keep_no_products, masked_layers
-from mftctl.masking.rule import MaskRule
+from mftctl.masking.rule import MaskRule, Rule
 from mftctl.masking.selection import Cut, rank
+from mftctl.masking.soft_mask import SoftRule
 from mftctl.masking.targets import MaskTarget, find_targets
 from mftctl.training.schedule import accumulates
 from mftctl.training.updates.hft import freeze_half
@@ -188,7 +189,7 @@ def attach_without_data(
     model: PreTrainedModel,
     targets: Sequence[MaskTarget],
     dtype: torch.dtype = torch.float32,
-    rule: MaskRule | None = None,
+    rule: Rule | None = None,
     *,
     on_gpu: bool = False,
     has_base: bool = False,
@@ -198,9 +199,12 @@ def attach_without_data(
     scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
     base = {target.name: torch.empty_like(target.weight) for target in targets} if has_base else None
     attach_masks(model, targets, scores, rule, base)
-    kind = _OnGpu if on_gpu else _OnCpu
     for _, module in masked_layers(model):
-        module.rule = kind(rule.ratio, rule.threshold, rule.ranking, rule.pattern)
+        if isinstance(rule, SoftRule):
+            module.rule = _SoftWithoutData(rule.limit)
+        else:
+            kind = _OnGpu if on_gpu else _OnCpu
+            module.rule = kind(rule.ratio, rule.threshold, rule.ranking, rule.pattern)
 
 
 class _OnCpu(MaskRule):
@@ -237,8 +241,20 @@ class _OnGpu(_OnCpu):
         torch.empty(selection_workspace_bytes(entries, entries, ranked.element_size()), dtype=torch.uint8)
 
 
-def _rule(options: MaskTrainOptions) -> MaskRule:
+class _SoftWithoutData(SoftRule):
+    """Makes the allocations of soft masks without looking at any scores."""
+
+    __slots__ = ()
+
+    def codes(self, scores: torch.Tensor) -> torch.Tensor:
+        torch.empty_like(scores, dtype=torch.float32)
+        return torch.empty_like(scores, dtype=torch.uint8)
+
+
+def _rule(options: MaskTrainOptions) -> Rule:
     """The mask rule of all targets, as far as memory depends on it."""
+    if options.mask == "soft":
+        return SoftRule(options.max_multiplier)
     if options.threshold is not None:
         return MaskRule(None, options.threshold, options.ranking)
     if options.blocks is not None:

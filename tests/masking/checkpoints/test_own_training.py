@@ -51,7 +51,7 @@ def test_gradients_are_straight_through(model: LlamaForCausalLM) -> None:
     """The gradient of a score is the weight times the gradient of the masked weight (MFT, equation 5)."""
     plain = build_llama().train()
     attach_masks(model, layers="0", target="mlp", ratio=0.2)
-    masks = {name: module.keep() for name, module in masked_layers(model)}
+    masks = {name: module.mask() for name, module in masked_layers(model)}
     weights = {name: plain.get_parameter(f"{name}.weight").detach().clone() for name in masks}
     for name, keep in masks.items():
         plain.get_parameter(f"{name}.weight").data.mul_(keep)
