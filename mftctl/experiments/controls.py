@@ -117,10 +117,11 @@ def _trained(mask: Job, wanted: Sequence[Control], suffix: str) -> Iterator[_Tra
 
 
 def _interpolated(mask: Job, wanted: Sequence[Control]) -> Iterator[_Trained]:
-    """The interpolation of the model that is masked; none if it was not fine-tuned here."""
-    if "interpolated" in wanted and mask.after is not None and mask.after.command == "fft":
+    """The interpolation of the model that is masked; none if it was not fine-tuned here on answers."""
+    tuning = None if mask.after is None or mask.after.command != "fft" else mask.after
+    if "interpolated" in wanted and tuning is not None and tuning.recipe.fft.objective == "sft":
         label = f"{_start_name(mask)} interpolated"
-        yield _Trained(label, (Job(label, label, "interpolate", mask.seed, mask.after.recipe, mask.after),))
+        yield _Trained(label, (Job(label, label, "interpolate", mask.seed, tuning.recipe, tuning),))
 
 
 def _start_name(mask: Job) -> str:

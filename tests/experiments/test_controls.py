@@ -152,3 +152,14 @@ def test_each_seed_has_its_own_controls() -> None:
     assert [job.seed for job in jobs] == [0] * (len(jobs) // 2) + [1] * (len(jobs) // 2)
     for job in jobs:
         assert all(other.seed == job.seed for other in job.candidates)
+
+
+def test_controls_of_a_mask_learned_from_preferences_are_trained_on_them() -> None:
+    keys = {"mask_train": {"objective": "dpo", "beta": 0.3, "length_normalized": True}}
+    jobs = added({"fft": FFT, "mft": MASK, **evaluated("mft")}, **keys)
+    trained = [job.recipe.fft for job in jobs if job.command == "fft"]
+    assert {(one.objective, one.beta, one.length_normalized) for one in trained} == {("dpo", 0.3, True)}
+    # The fine-tuning itself is on answers, so that validation can choose a share of its change.
+    assert [job.command for job in jobs].count("interpolate") == 1
+    both = {"fft": {"objective": "dpo"}, **keys}
+    assert not any(job.command == "interpolate" for job in added({"fft": FFT, "mft": MASK, **evaluated("mft")}, **both))

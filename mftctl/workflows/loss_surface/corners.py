@@ -113,7 +113,7 @@ def _mft(fft: Run, runs: Sequence[Run]) -> Run:
 
 def _is_mft(run: Run) -> bool:
     state = known_state(state_of(run))
-    return state is not None and state.is_mft
+    return state is not None and state.is_mft and not state.is_preference
 
 
 def _change(run: Run) -> float:

@@ -25,6 +25,12 @@ def test_averages_are_named_by_their_horizon() -> None:
     }
 
 
+def test_rewards_are_named_as_in_trl() -> None:
+    rewards = {"chosen": 0.2, "rejected": -0.1, "accuracy": 0.75, "margin": 0.3}
+    found = line_values({"step": 1, "eval_loss": 0.6, "rewards": rewards, "average_rewards": {"0.1": rewards}})
+    assert (found["rewards/accuracy"], found["rewards/margin"], found["average_rewards/0.1/margin"]) == (0.75, 0.3, 0.3)
+
+
 def test_scores_are_named_by_their_benchmark() -> None:
     metrics = [
         {"name": "exact_match,strict-match", "value": 0.25, "standard_error": 0.01, "samples": 8},
