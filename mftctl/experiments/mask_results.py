@@ -80,6 +80,12 @@ class SoftMask(Part):
     file_bytes: Exact
 
 
+class Softness(Result):
+    """Whether a mask is soft."""
+
+    soft: SoftMask | None = None
+
+
 class KeptMask(Result):
     """Paths of a mask file, and a summary of the mask.
 

@@ -26,7 +26,7 @@ class _Settings(Protocol):
         """Returns the options that were set."""
 
 
-_OF_HARD_MASKS = ("ratio", "budget", "threshold", "pattern", "ranking")
+_OF_HARD_MASKS = ("ratio", "budget", "threshold", "pattern")
 
 
 def soft_mask_problem(options: _Settings) -> str | None:
@@ -64,6 +64,8 @@ def _of_soft(options: _Settings) -> Iterator[str]:
     for key in _OF_HARD_MASKS:
         if given.get(key) is not None:
             yield f"mask_train.{key} decides which weights a hard mask removes; it does not apply to mask: soft"
+    if given.get("ranking", "signed") != "signed":
+        yield "mask_train.ranking decides which weights a hard mask removes; it does not apply to mask: soft"
     if given.get("start", "identity") != "identity":
         yield f"mask_train.start: soft masks start as the identity, not as {given['start']}"
     if options.harden and options.max_multiplier != 1:

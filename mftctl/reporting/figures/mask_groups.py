@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mftctl.errors import MaskFileError, RunError
+from mftctl.experiments.mask_results import Softness
 from mftctl.experiments.results import MadeMask, MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
@@ -112,7 +113,7 @@ class MaskFamily:
 
 
 def mask_families(runs: Sequence[Run]) -> tuple[list[MaskFamily], list[str]]:
-    """The masks of finished `mask-train` runs; each file is read and checked once, one at a time.
+    """The hard masks of finished `mask-train` runs; each file is read and checked once, one at a time.
 
     Args:
         runs: The runs, oldest first.
@@ -126,6 +127,8 @@ def mask_families(runs: Sequence[Run]) -> tuple[list[MaskFamily], list[str]]:
         if run.record.command != "mask-train" or run.record.status != RunStatus.FINISHED:
             continue
         try:
+            if run.result(Softness).soft is not None:
+                continue
             mask = _read_mask(run)
         except (MaskFileError, RunError) as error:
             problems.append(f"{error.path or run.folder}: {error.message}")

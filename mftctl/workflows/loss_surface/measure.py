@@ -35,14 +35,13 @@ from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run, list_runs
 from mftctl.experiments.run_inputs import Corner, Digests, KnownData, SurfaceInputs
 from mftctl.experiments.run_record import RunStatus
-from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.masking.checkpoints.tensors import tensor_index
+from mftctl.masking.delta.either import apply_in_memory, open_applicable
 from mftctl.masking.dtypes import TORCH_DTYPES
-from mftctl.masking.mask import open_mask
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import find_device
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
@@ -310,9 +309,9 @@ def _stored(run: Run) -> dict[str, torch.Tensor]:
     dtypes = {stored.dtype for stored in tensor_index(checkpoint).values()}
     only = TORCH_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
     model = load_model(checkpoint, dtype=only or torch.float32)
-    if source.mask is not None:
-        with open_mask(Path(source.mask)) as mask:
-            apply_mask(model, mask, base_folder(mask))
+    with open_applicable(source.mask) as applied:
+        if applied is not None:
+            apply_in_memory(model, applied, checkpoint)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
