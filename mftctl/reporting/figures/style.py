@@ -25,7 +25,7 @@ _LONGEST_TEXT = 120
 # Okabe and Ito's colours without black and yellow, which are invisible on dark and light pages.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "d")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "d", "8")
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,

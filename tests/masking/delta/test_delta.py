@@ -150,7 +150,7 @@ def of_layer(**fields: object) -> Change:
         (lambda d, p: d.update(kind="weight"), "'delta'"),
         (lambda d, p: d.update(values="fp4"), "'exact'"),
         (lambda d, p: d.update(tensors={}), "at least 1 item"),
-        (lambda d, p: d.update(tuned=[]), "at least 1 item"),
+        (lambda d, p: d.update(tuned=[]), "a delta file names its fine-tuned models"),
         (lambda d, p: d.update(scale=1), "greater than 1"),
         (lambda d, p: d["unchanged"].update({"layer.weight": d["unchanged"]["same.weight"]}), "both changed and not"),
         (lambda d, p: d["left_out"]["tiny.weight"].update(reason="lost"), "'dropped'"),
@@ -243,7 +243,8 @@ def test_control_characters_of_a_hostile_file_do_not_reach_the_terminal(
 
 
 def test_the_recipe_offers_what_the_format_has() -> None:
-    assert delta_options.DeltaValues == values.ValuesKind
+    assert delta_options.DeltaValues == values.ChangeKind
+    assert {*get_args(values.ChangeKind), "scale"} == set(get_args(values.ValuesKind))
     assert set(get_args(selection.Select)) < set(get_args(delta_options.DeltaSelect))
     assert delta_options.DeltaPart == selection.Part
 
