@@ -109,7 +109,7 @@ def keep_soft_mask(
             changed=sum(int((own != IDENTITY_CODES[limit]).sum()) for own in codes.values()),
             mean=sum(float(own.double().sum()) for own in codes.values()) / IDENTITY_CODES[limit] / weights,
             mean_change=distances / weights,
-            file_bytes=path.stat().st_size,
+            file_bytes=path.stat().st_size if is_first() else 0,  # only the first process's result is recorded
         ),
     )
 

@@ -21,6 +21,7 @@ from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.results import Result
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
+from mftctl.masking.delta.delta import open_delta
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence
 from mftctl.training import averaging_trainer
@@ -96,6 +97,15 @@ def losses(run: Run) -> list[float]:
         for key in ("loss", "eval_loss")
         if key in line
     ]
+
+
+@pytest.mark.slow
+def test_soft_masks(workspace: Path, tmp_path: Path) -> None:
+    changes = {"mask_train__mask": "soft", "mask_train__max_multiplier": 2, "mask_train__travel": 0.5}
+    runs = both("mask-train", workspace, tmp_path, **{**HELPFUL, **changes, "mask_train__learning_rate": "auto"})
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)
+    with open_delta(runs[0].record.result["mask"]) as first, open_delta(runs[1].record.result["mask"]) as second:
+        assert first.contents.tensors == second.contents.tensors
 
 
 @pytest.mark.slow

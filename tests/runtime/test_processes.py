@@ -28,6 +28,7 @@ from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.masking.delta.delta import open_delta
 from mftctl.runtime.process_group import import_deepspeed, share_of
 from tests.forked_commands.commands import ForkedCommands
 from tests.preference_records import write_preferences
@@ -36,6 +37,18 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 TRAINING = ("--max-steps", "12", "--val-steps", "4", "--batch-size", "4")
 MASK = ("--layers", "1-2", "--preset", "paper")
+SOFT = (
+    "--layers",
+    "1-2",
+    "--mask",
+    "soft",
+    "--max-multiplier",
+    "2",
+    "--set",
+    "mask_train.travel=0.5",
+    "-o",
+    "soft.bits",
+)
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
 FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--val-steps", "2")
 FEW += ("--batch-size", "4")
@@ -102,6 +115,7 @@ def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory, f
         (*GMT, *data(workspace), *TRAINING, *accumulated),
         (*FEW, *data(workspace), *accumulated),
         (*FULL, *data(workspace, half), *accumulated),
+        ("mask-train", *SOFT, *data(workspace), *TRAINING, *accumulated),
     )
     code, _, errors = run(folder, *forked_commands.python, *commands)
     assert code == 0, errors
@@ -273,6 +287,7 @@ def test_sharded_parameters_give_the_result_of_one_process(
         (*FEW, *data(workspace)),
         # The same records per step in different forward passes, with the loss in chunks of about 20 answer tokens.
         ("CHUNK_LOGITS=2000", *FULL, *data(workspace, half), "--batch-tokens", 60),
+        ("mask-train", *SOFT, *data(workspace), *TRAINING),
     )
     code, output, errors = run(
         tmp_path, *forked_commands.python, *accelerate(recipe), *forked_commands.module, *commands
@@ -280,6 +295,8 @@ def test_sharded_parameters_give_the_result_of_one_process(
     assert code == 0, errors
     for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
         assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
+    with open_delta(tmp_path / "soft.bits") as found, open_delta(one / "soft.bits") as expected:
+        assert found.contents.tensors == expected.contents.tensors
     assert json.loads(output[output.index("{") : output.rindex("}") + 1])["steps"] == 12
     mine, expected = list_runs(tmp_path / "runs")[0][0], list_runs(one / "runs")[0][0]
     assert mine.record.processes == 2
