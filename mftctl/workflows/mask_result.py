@@ -50,9 +50,9 @@ def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:
 
 
 def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
-    """The share removed in each masked decoder layer, by index; with a threshold, it is not known beforehand."""
+    """The share removed in each masked decoder layer, by index, and in the projector; unknown before, by threshold."""
     found = _shares(keep, targets, lambda target: target.layer)
-    return {str(layer): found[layer] for layer in sorted(found)}
+    return {format_layers([layer]): found[layer] for layer in sorted(found)}
 
 
 def projection_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.mask import Mask
-from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, masked_layer_indices
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, find_device, frozen_dtype
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
@@ -166,7 +166,7 @@ def _search(
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs, split_validation_records(inputs.validation, options)[0])
     model, weights = _model_to_mask(inputs, options, listener)
-    layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
+    layers = masked_layer_indices(options.layers or "all", len(decoder_layers(model)[1]), options.target)
     targets = find_targets(model, layers, options.target, options.masked_projections)
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training

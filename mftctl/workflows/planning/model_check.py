@@ -17,6 +17,7 @@ from mftctl.masking.checkpoints.load import model_tokenizer
 from mftctl.masking.checkpoints.locate import is_adapter, local_folder, resolve_checkpoint
 from mftctl.masking.checkpoints.meta_models import build_skeleton, read_config
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
+from mftctl.masking.towers import projector_modules
 from mftctl.workflows.planning.problem_list import ProblemList, describe
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -106,7 +107,8 @@ def check_model(recipe: Recipe, problems: ProblemList) -> CheckedModel | None:
             check = CheckpointCheck((), learned_positions(model))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         layer_count = len(decoder_layers(model)[1])
-        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, find_targets(model), check)
+        targets = find_targets(model, target="all" if projector_modules(model) else "both")
+        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, targets, check)
     return checked
 
 
