@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.examples import IGNORED_LABEL, Example, Learn, TokenIds
+from mftctl.data.image_inputs import ImageInputs
+from mftctl.data.image_reference import ImageReference
 from mftctl.data.record_issues import RecordIssues, Remark
 from mftctl.data.rendering import Rendered, Renderer
 from mftctl.data.template_limits import template_limits
@@ -34,6 +36,8 @@ class Encoded:
         rejected: For a preference, the same prompt with the rejected answer; `input_ids` has the chosen one.
         reference: For a preference, the log-probabilities of the chosen and the rejected answer under the reference
             model, in nats; None if they are not known.
+        images: The images that some of the tokens stand for, in order.
+        image_inputs: What turns the images of a batch into model inputs; None for data without any images.
     """
 
     input_ids: list[int]
@@ -42,6 +46,8 @@ class Encoded:
     remarks: Remark = Remark.NONE
     rejected: Encoded | None = None
     reference: tuple[float, float] | None = None
+    images: tuple[ImageReference, ...] = ()
+    image_inputs: ImageInputs | None = None
 
     @property
     def sides(self) -> tuple[Encoded, ...]:
@@ -84,10 +90,18 @@ class _Text(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The tokens of one span of an example, and whether they are trained on."""
+    """The tokens of one span of an example, whether they are trained on, and whether it shows images."""
 
     input_ids: list[int]
     is_answer: bool
+    has_images: bool = False
+
+
+class _Shown(NamedTuple):
+    """A rendered example, and the tokens of the segments that show images by their number."""
+
+    rendered: Rendered
+    image_ids: dict[int, list[int]]
 
 
 class Encoder:
@@ -97,18 +111,26 @@ class Encoder:
         tokenizer: Its chat template, if it has one, renders the examples.
         learn: Whether to train on all answers of a conversation or only on the last.
         now: The current time as the chat template sees it; by default, the system time.
+        images: The image side of a vision-language model; None for a model that takes only text.
 
     Attributes:
         tokenizer: The tokenizer.
+        images: The image side of the model.
         learn: The answers to train on.
         now: The current time as the template sees it.
         renderer: Renders the text.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, learn: Learn = "all", now: datetime | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        learn: Learn = "all",
+        now: datetime | None = None,
+        images: ImageInputs | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.images = images
         self.learn = learn
         self.now = now or datetime.now().astimezone()
         self.renderer = Renderer(tokenizer, learn, self.now)
@@ -145,14 +167,14 @@ class Encoder:
 
     def _encode_sides(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded | DataError]:
         """The outcome for each example with one answer."""
-        rendered: list[Rendered | DataError | None] = []
+        rendered: list[_Shown | DataError | None] = []
         with template_limits():
             for example in examples:
                 try:
-                    rendered.append(None if example.token_ids is not None else self.renderer.render(example))
+                    rendered.append(None if example.token_ids is not None else self._shown(example))
                 except DataError as error:
                     rendered.append(error)
-        pieces = iter(self._pieces([item for item in rendered if isinstance(item, Rendered)]))
+        pieces = iter(self._pieces([item for item in rendered if isinstance(item, _Shown)]))
         outcomes: list[Encoded | DataError] = []
         for example, item in zip(examples, rendered, strict=True):
             try:
@@ -161,7 +183,7 @@ class Encoder:
                 elif item is None:
                     outcomes.append(self._given(example, cast("TokenIds", example.token_ids), max_length_tokens))
                 else:
-                    outcomes.append(_joined(example, item, next(pieces), max_length_tokens))
+                    outcomes.append(self._joined(example, item.rendered, next(pieces), max_length_tokens))
             except DataError as error:
                 outcomes.append(error)
         return outcomes
@@ -174,7 +196,7 @@ class Encoder:
         """
         *before, last = example.messages
         asked = replace(example, messages=(*before, replace(last, is_learned=True)))
-        [pieces] = self._pieces([self.renderer.render(asked)])
+        [pieces] = self._pieces([self._shown(asked)])
         last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
         return [token for piece in pieces[:last_answer] for token in piece.input_ids]
 
@@ -191,18 +213,103 @@ class Encoder:
                 hint="use the tokenizer that produced the record",
             )
         prompt_tokens = sum(1 for _ in takewhile(lambda label: label == IGNORED_LABEL, ids.labels))
+        self._require_no_image_token(ids.input_ids, example.where)
         return _cut(list(ids.input_ids), list(ids.labels), example.where, max_length_tokens, prompt_tokens)
 
-    def _pieces(self, rendered: Sequence[Rendered]) -> list[list[_Piece]]:
+    def _shown(self, example: Example) -> _Shown:
+        """The example rendered, and the tokens of its segments with images.
+
+        Raises:
+            DataError: The model takes only text, the template leaves out an image, or an image cannot be used.
+        """
+        if example.images and self.images is None:
+            raise DataError(
+                "The record has images, but the model takes only text.",
+                path=example.where,
+                key="images",
+                expected="a vision-language model, such as LLaVA, Qwen2-VL or SmolVLM",
+                hint="use such a model, or remove the field if the text works without it",
+            )
+        rendered = self.renderer.render(example)
+        if not example.images or self.images is None:
+            return _Shown(rendered, {})
+        counts = [segment.text.count(self.images.placeholder) for segment in rendered.segments]
+        in_answers = any(
+            count and segment.is_answer for count, segment in zip(counts, rendered.segments, strict=True)
+        )
+        if sum(counts) != len(example.images) or in_answers:
+            raise DataError(
+                "The number of image placeholders in the text differs from the number of images.",
+                path=example.where,
+                key="images",
+                expected=f"{len(example.images)} times {self.images.placeholder}, before the answer",
+                actual=f"{sum(counts)}",
+                hint="remove the placeholder from the text, or use a chat template for images",
+            )
+        images, found = iter(example.images), {}
+        for number, (segment, count) in enumerate(zip(rendered.segments, counts, strict=True)):
+            if count:
+                continues = number > 0
+                shown = [next(images) for _ in range(count)]
+                ids = self.images.expanded(f"\n{segment.text}" if continues else segment.text, shown, example.where)
+                begins = len(self._line_end) if continues and ids[: len(self._line_end)] == self._line_end else 0
+                if continues and not begins:
+                    ids = self.images.expanded(segment.text, shown, example.where)
+                found[number] = ids[begins:]
+        return _Shown(rendered, found)
+
+    def _joined(self, example: Example, rendered: Rendered, pieces: Sequence[_Piece], most_tokens: int) -> Encoded:
+        """The pieces of an example as one record."""
+        input_ids = [token for piece in pieces for token in piece.input_ids]
+        labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
+        prompt_tokens = sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
+        if not example.images:
+            self._require_no_image_token(input_ids, example.where)
+            return _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
+        ends = accumulate(len(piece.input_ids) for piece in pieces)
+        last = max(end for end, piece in zip(ends, pieces, strict=True) if piece.has_images)
+        if last > most_tokens:
+            raise PromptTooLongError(
+                "The tokens of an image exceed the maximum length; images are never truncated.",
+                path=example.where,
+                expected=f"at most {most_tokens} tokens up to the last image",
+                actual=last,
+                hint="raise --max-length, or remove the record",
+            )
+        cut = _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
+        return replace(cut, images=example.images)
+
+    def _require_no_image_token(self, input_ids: Sequence[int], where: str) -> None:
+        """Checks that a record without images has no token that stands for one."""
+        if self.images is not None and not self.images.token_ids.isdisjoint(input_ids):
+            raise DataError(
+                "The text contains the model's token for images, but the record has no images.",
+                path=where,
+                expected="images in the field images",
+                actual="none",
+                hint="remove the placeholder from the text, or add the images",
+            )
+
+    def _pieces(self, shown: Sequence[_Shown]) -> list[list[_Piece]]:
         """The tokens of each example, split as `render` splits its text."""
-        texts = [[_Text(segment.text, index > 0) for index, segment in enumerate(item.segments)] for item in rendered]
-        ids = self._tokenized({text for segments in texts for text in segments})
+        texts = [
+            [_Text(segment.text, index > 0) for index, segment in enumerate(item.rendered.segments)] for item in shown
+        ]
+        ids = self._tokenized(
+            {
+                text
+                for item, segments in zip(shown, texts, strict=True)
+                for number, text in enumerate(segments)
+                if number not in item.image_ids
+            }
+        )
         found = []
-        for item, segments in zip(rendered, texts, strict=True):
+        for (item, image_ids), segments in zip(shown, texts, strict=True):
             bos = self._default_bos if item.add_bos and not self._begins_with_bos(item) else []
             pieces = [_Piece(bos, is_answer=False)] if bos else []
-            for segment, text in zip(item.segments, segments, strict=True):
-                pieces.append(_Piece(ids[text], segment.is_answer))
+            for number, (segment, text) in enumerate(zip(item.segments, segments, strict=True)):
+                has_images = number in image_ids
+                pieces.append(_Piece(image_ids[number] if has_images else ids[text], segment.is_answer, has_images))
             eos = self.tokenizer.eos_token_id
             if item.add_eos and eos is not None and pieces[-1].input_ids[-1:] != [eos]:
                 pieces[-1] = pieces[-1]._replace(input_ids=[*pieces[-1].input_ids, eos])
@@ -310,6 +417,8 @@ def encode_all(
                 used.append(example)
         if on_progress is not None:
             on_progress(min(start + _BATCH_RECORDS, len(examples)), len(examples))
+    if any(record.images for record in records):
+        records = [replace(record, image_inputs=encoder.images) for record in records]
     return EncodedRecords(records, used)
 
 
@@ -329,14 +438,6 @@ def _preference(chosen: Encoded | DataError, rejected: Encoded | DataError) -> E
             hint="raise --max-length, or remove the record" if Remark.CUT in remarks else "remove the record",
         )
     return replace(chosen, remarks=remarks, rejected=rejected)
-
-
-def _joined(example: Example, rendered: Rendered, pieces: Sequence[_Piece], max_length_tokens: int) -> Encoded:
-    """The pieces of an example as one record."""
-    input_ids = [token for piece in pieces for token in piece.input_ids]
-    labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
-    prompt_tokens = sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
-    return _cut(input_ids, labels, example.where, max_length_tokens, prompt_tokens, rendered.remarks)
 
 
 def _cut(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.encoding import Encoded
 from mftctl.data.examples import Example, RecordKind
+from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.prepared.examples import Examples, data_digest
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import PreparedRecords, answer_lengths, encode_prepared, token_lengths
@@ -53,6 +54,7 @@ class TrainingInputs:
         check: Facts about the checkpoint.
         validation_examples: The examples behind the validation records.
         retained: Records of another domain; None if the recipe names none, or the command does not use them.
+        images: The image side of a vision-language model; None for a model that takes only text.
     """
 
     checkpoint: Path
@@ -67,6 +69,7 @@ class TrainingInputs:
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
     validation_examples: Sequence[Example] = ()
     retained: RetainedData | None = None
+    images: ImageInputs | None = None
 
     def template_text(self) -> str:
         """The chat template as described in a model card."""
@@ -190,6 +193,7 @@ def prepare_training(
         check,
         validation.examples,
         retained,
+        encoder.images,
     )
 
 

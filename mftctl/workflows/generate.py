@@ -15,7 +15,13 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 from mftctl.evaluation.answer_stops import answer_stops
-from mftctl.evaluation.generation import context_tokens, continue_prompts, generate_answers, generation_settings
+from mftctl.evaluation.generation import (
+    PromptImages,
+    context_tokens,
+    continue_prompts,
+    generate_answers,
+    generation_settings,
+)
 from mftctl.evaluation.inference import evaluation_mode
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
@@ -183,6 +189,7 @@ def _streamed(
             pad_id=pad_token_id(tokenizer),
             stop_texts=stops.texts,
             streamer=_Streamer(tokenizer, take),
+            asked=PromptImages.of(encoder, [example]),
         )
     return ["".join(parts)]
 

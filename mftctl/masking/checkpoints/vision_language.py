@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,14 @@ def image_token_ids(folder: Path) -> frozenset[int] | None:
     """The ids that stand for parts of an image in the tokens of a vision-language model; None for other models.
 
     Args:
-        folder: A checkpoint.
+        folder: A checkpoint; without a configuration that can be read, it is taken for that of another model.
     """
+    try:
+        document = read_json_object(folder / "config.json")
+    except (OSError, ValueError):
+        return None  # reported where the model is loaded
+    if "vision_config" not in document:
+        return None
     with model_failures("The model cannot be loaded.", path=folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code())
     if not is_vision_language(config):
@@ -105,7 +112,7 @@ def _without_videos(kind: type[ProcessorMixin], folder: Path, tokenizer: PreTrai
     reduced = type(kind.__name__, (kind,), {"get_attributes": classmethod(attributes)})
     known = {
         "image_processor": lambda: AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil"),
-        "tokenizer": lambda: tokenizer,
+        "tokenizer": lambda: copy.deepcopy(tokenizer),  # some processors change it
         _VIDEO: lambda: None,
     }
     unknown = sorted({*names} - {*known})

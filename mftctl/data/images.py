@@ -1,0 +1,136 @@
+"""The images of records: read from their fields, and placed in their turns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mftctl.data.examples import Example
+from mftctl.data.image_reference import ImageReference, read_image
+from mftctl.data.turns import Fields, wrong_type
+from mftctl.errors import DataError
+
+IMAGES = ("images", "image")
+"""Fields of a record with its images, in order of preference."""
+
+_FORMS = "a path, bytes, or an object with path or bytes"
+
+
+def given_images(fields: Fields, where: str) -> tuple[ImageReference, ...]:
+    """The images of a record, not yet read.
+
+    Args:
+        fields: The record: a list in `images`, or one image in `image`.
+        where: Its origin, for errors.
+
+    Raises:
+        DataError: A field has the wrong type.
+    """
+    key = next((name for name in IMAGES if fields.get(name)), None)
+    if key is None:
+        return ()
+    value = fields[key]
+    images = value if isinstance(value, list) else [value]
+    return tuple(_given(image, where, f"{key}[{index}]") for index, image in enumerate(images))
+
+
+def placed_images(example: Example, images: tuple[ImageReference, ...], where: str) -> Example:
+    """The example with its images: at its image parts, or before the text of the first question if it has none.
+
+    Args:
+        example: Without images.
+        images: From `given_images`.
+        where: Origin of the record, for errors.
+
+    Raises:
+        DataError: The numbers of parts and images differ, an answer has an image, or the record has no question.
+
+    Source: TRL, `prepare_multimodal_messages`, for images without parts.
+    """
+    places = sum(len(message.image_places) for message in example.messages)
+    if not images and not places:
+        return example
+    if example.rejected or example.kind in ("text", "tokens"):
+        raise _unsupported("a preference" if example.rejected else f"{example.kind} without turns", where)
+    if any(message.image_places for message in example.messages if message.role == "assistant"):
+        raise _unsupported("an answer that contains an image", where)
+    messages = list(example.messages)
+    if not places:
+        first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
+        if first is None:
+            raise _unsupported("no user turn", where)
+        messages[first] = replace(messages[first], image_places=(0,) * len(images))
+        places = len(images)
+    if places != len(images):
+        raise DataError(
+            "The number of image parts differs from the number of images.",
+            path=where,
+            key=IMAGES[0],
+            expected=f"{len(images)} parts of type image, or none",
+            actual=places,
+        )
+    return replace(example, messages=tuple(messages), images=images)
+
+
+def read_images(example: Example, folder: Path | None) -> Example:
+    """The example with the digests of its images; relative paths are looked up in the folder of the data file.
+
+    Args:
+        example: With images as given.
+        folder: The folder; None for a dataset that is not in a local file.
+
+    Raises:
+        DataError: An image file is missing.
+    """
+    return replace(example, images=tuple(_with_digest(image, folder, example.where) for image in example.images))
+
+
+def located(path: str, folder: Path | None) -> Path:
+    """The place of an image file.
+
+    Args:
+        path: As given in a record.
+        folder: The folder of the data file; None if there is none.
+    """
+    place = Path(path).expanduser()
+    return place if folder is None else folder / place
+
+
+def _with_digest(image: ImageReference, folder: Path | None, where: str) -> ImageReference:
+    content = image.content or read_image(located(image.path, folder), where)
+    return replace(image, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _given(image: Any, where: str, key: str) -> ImageReference:
+    if isinstance(image, bytes) and image:
+        return ImageReference("", content=image)
+    if isinstance(image, Mapping):
+        content, path = image.get("bytes"), image.get("path")
+        if isinstance(content, bytes) and content:
+            return ImageReference("", content=content)
+        image = path
+    if not isinstance(image, str) or not image:
+        raise wrong_type(where, key, _FORMS, image)
+    if "://" in image or image.startswith("data:"):
+        raise DataError(
+            "An image is not on this machine.",
+            path=where,
+            key=key,
+            expected=_FORMS,
+            actual=f"{image[:60]}",
+            hint="download it, and give its path",
+        )
+    return ImageReference("", path=image)
+
+
+def _unsupported(actual: str, where: str) -> DataError:
+    return DataError(
+        "The record cannot have images.",
+        path=where,
+        key=IMAGES[0],
+        expected="questions with images, and answers in text",
+        actual=actual,
+    )
