@@ -71,7 +71,7 @@ def with_own_code(folder: Path) -> Path:
 
 
 def build_composite(folder: Path, tokenizer: Any) -> Path:
-    """A small Qwen 3.5 with its vision tower, and with a head for several tokens at once, which transformers leaves out."""
+    """A small Qwen 3.5 with its vision tower, and with a head that transformers leaves out."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     text = {

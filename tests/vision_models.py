@@ -56,7 +56,8 @@ def vision_tokenizer() -> PreTrainedTokenizerFast:
     from tests.conftest import build_tokenizer
 
     tokenizer = build_tokenizer(chat_template=None)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", *IMAGE_TOKENS]})
+    added = ["<|system|>", "<|user|>", "<|assistant|>", *IMAGE_TOKENS]
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
     return tokenizer
 
 
@@ -170,7 +171,8 @@ def save_vision_model(family: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.chat_template = chat_template(image)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({**images, "processor_class": processor["processor_class"]}))
+    images = {**images, "processor_class": processor["processor_class"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(processor))
     return folder
 

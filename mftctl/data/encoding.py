@@ -234,9 +234,7 @@ class Encoder:
         if not example.images or self.images is None:
             return _Shown(rendered, {})
         counts = [segment.text.count(self.images.placeholder) for segment in rendered.segments]
-        in_answers = any(
-            count and segment.is_answer for count, segment in zip(counts, rendered.segments, strict=True)
-        )
+        in_answers = any(count and segment.is_answer for count, segment in zip(counts, rendered.segments, strict=True))
         if sum(counts) != len(example.images) or in_answers:
             raise DataError(
                 "The number of image placeholders in the text differs from the number of images.",

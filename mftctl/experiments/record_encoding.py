@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
-from mftctl.data.prepared.examples import any_begins_without_system
 from mftctl.data.image_inputs import ImageInputs
+from mftctl.data.prepared.examples import any_begins_without_system
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.template_choice import TemplateChoice, choose_template
 from mftctl.errors import DataError
@@ -67,11 +67,23 @@ def _encoder(
     tokenizer: PreTrainedTokenizerBase, folder: Path | None, recipe: Recipe, now: datetime | None = None
 ) -> Encoder:
     choose_template(tokenizer, template_choice(recipe))
+    return Encoder(tokenizer, learn=recipe.learn, now=now, images=image_inputs(folder, tokenizer))
+
+
+def image_inputs(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> ImageInputs | None:
+    """The image side of the model in a folder, whose processor is loaded when the first image is seen.
+
+    Args:
+        folder: A checkpoint; None for a model that is not on this machine.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        None for a model that takes only text.
+    """
     token_ids = None if folder is None else image_token_ids(folder)
-    images = None
-    if folder is not None and token_ids is not None:
-        images = ImageInputs(partial(load_processor, folder, tokenizer), token_ids)
-    return Encoder(tokenizer, learn=recipe.learn, now=now, images=images)
+    if folder is None or token_ids is None:
+        return None
+    return ImageInputs(partial(load_processor, folder, tokenizer), token_ids)
 
 
 def template_record(encoder: Encoder, recipe: Recipe) -> TemplateRecord:

@@ -249,7 +249,7 @@ def masked_layer_indices(text: str, layer_count: int, target: Target) -> list[in
 
 
 def format_layers(layers: Sequence[int]) -> str:
-    """The shortest choice that `parse_layers` parses to these layers, such as `0,3,8-11`, after `projector` if masked."""
+    """The shortest choice that `parse_layers` parses to these layers, such as `0,3,8-11`; `projector` comes first."""
     if PROJECTOR_LAYER in layers:
         others = format_layers([layer for layer in layers if layer != PROJECTOR_LAYER])
         return f"projector,{others}" if others else "projector"

@@ -34,6 +34,7 @@ from mftctl.experiments.run_inputs import Digests, RunInputs, TemplateRecord, Tr
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.progress import Listener, Silence
+from mftctl.training.image_support import require_one_process, require_text
 from mftctl.training.retained_data import RetainedData, prepare_retained
 
 
@@ -174,6 +175,10 @@ def prepare_training(
         known = np.concatenate([parts.train.digests, parts.validation.digests])
         count, trains = len(validation.records), retain_weight > 0
         retained = prepare_retained(recipe, encoder, max_length_tokens, known, count, trains=trains, listener=listener)
+        require_text(retained.measured, RETAINED_DATA, "--retain")
+    require_one_process(train.records)
+    if recipe.retain_data and retain_weight is not None:
+        require_text(train.records, "Training data beside data to retain", "--retain")
     used = (train.records, validation.records, *([retained.measured, retained.trained] if retained else []))
     check_lengths(check, [length for records in used for length in token_lengths(records)], checkpoint)
     added = added_system_text(encoder, train.examples)

@@ -140,7 +140,7 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
     """Checks a recipe for a device."""
     problems = ProblemList()
     model = check_model(recipe, problems)
-    data = DataCheck(None if model is None else model.tokenizer, problems)
+    data = DataCheck(None if model is None else model.tokenizer, problems, None if model is None else model.images)
     jobs = _jobs(recipe, problems)
     parts = data.parts(recipe)
     length = _first_length(recipe, jobs)

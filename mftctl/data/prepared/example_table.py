@@ -186,7 +186,8 @@ class ExampleTable:
         """The image files of all records, also of those that cannot be used because one is missing."""
         found = dict.fromkeys(self.summary.missing_images)
         for batch in self.rows.batches if self.summary.has_images else ():
-            for number, paths in zip(batch.column("file").to_pylist(), batch.column("image_paths").to_pylist()):
+            columns = (batch.column(name).to_pylist() for name in ("file", "image_paths"))
+            for number, paths in zip(*columns, strict=True):
                 found |= dict.fromkeys((number, path) for path in paths if path)
         return [located(path, data_folder(self.files, number)) for number, path in found]
 
@@ -254,7 +255,6 @@ class _Found:
                 yield example
         if self.records >= _PROGRESS_RECORDS:
             self.listener.progress(Progress("reading", self.records, self.records))
-
 
     def _with_images(self, example: Example) -> Example:
         """The example with the digests of its images."""
