@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.data.examples import IGNORED_LABEL, Example, Learn, TokenIds
 from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.image_reference import ImageReference
+from mftctl.data.image_segments import image_segment_ids, require_no_image_token
 from mftctl.data.record_issues import RecordIssues, Remark
 from mftctl.data.rendering import Rendered, Renderer
 from mftctl.data.template_limits import template_limits
@@ -167,16 +168,17 @@ class Encoder:
 
     def _encode_sides(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded | DataError]:
         """The outcome for each example with one answer."""
-        rendered: list[_Shown | DataError | None] = []
+        rendered: list[Rendered | DataError | None] = []
         with template_limits():
             for example in examples:
                 try:
-                    rendered.append(None if example.token_ids is not None else self._shown(example))
+                    rendered.append(None if example.token_ids is not None else self.renderer.render(example))
                 except DataError as error:
                     rendered.append(error)
-        pieces = iter(self._pieces([item for item in rendered if isinstance(item, _Shown)]))
+        shown = [self._with_images(example, item) for example, item in zip(examples, rendered, strict=True)]
+        pieces = iter(self._pieces([item for item in shown if isinstance(item, _Shown)]))
         outcomes: list[Encoded | DataError] = []
-        for example, item in zip(examples, rendered, strict=True):
+        for example, item in zip(examples, shown, strict=True):
             try:
                 if isinstance(item, DataError):
                     outcomes.append(item)
@@ -196,7 +198,7 @@ class Encoder:
         """
         *before, last = example.messages
         asked = replace(example, messages=(*before, replace(last, is_learned=True)))
-        [pieces] = self._pieces([self._shown(asked)])
+        [pieces] = self._pieces([self._shown(asked, self.renderer.render(asked))])
         last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
         return [token for piece in pieces[:last_answer] for token in piece.input_ids]
 
@@ -213,48 +215,28 @@ class Encoder:
                 hint="use the tokenizer that produced the record",
             )
         prompt_tokens = sum(1 for _ in takewhile(lambda label: label == IGNORED_LABEL, ids.labels))
-        self._require_no_image_token(ids.input_ids, example.where)
+        require_no_image_token(ids.input_ids, self.images, example.where)
         return _cut(list(ids.input_ids), list(ids.labels), example.where, max_length_tokens, prompt_tokens)
 
-    def _shown(self, example: Example) -> _Shown:
-        """The example rendered, and the tokens of its segments with images.
+    def _with_images(self, example: Example, item: Rendered | DataError | None) -> _Shown | DataError | None:
+        """What is known of an example after its images were processed, outside the limits of chat templates."""
+        if not isinstance(item, Rendered):
+            return item
+        try:
+            return self._shown(example, item)
+        except DataError as error:
+            return error
+
+    def _shown(self, example: Example, rendered: Rendered) -> _Shown:
+        """A rendered example with the tokens of its segments with images.
 
         Raises:
             DataError: The model takes only text, the template leaves out an image, or an image cannot be used.
         """
-        if example.images and self.images is None:
-            raise DataError(
-                "The record has images, but the model takes only text.",
-                path=example.where,
-                key="images",
-                expected="a vision-language model, such as LLaVA, Qwen2-VL or SmolVLM",
-                hint="use such a model, or remove the field if the text works without it",
-            )
-        rendered = self.renderer.render(example)
-        if not example.images or self.images is None:
+        if not example.images:
             return _Shown(rendered, {})
-        counts = [segment.text.count(self.images.placeholder) for segment in rendered.segments]
-        in_answers = any(count and segment.is_answer for count, segment in zip(counts, rendered.segments, strict=True))
-        if sum(counts) != len(example.images) or in_answers:
-            raise DataError(
-                "The number of image placeholders in the text differs from the number of images.",
-                path=example.where,
-                key="images",
-                expected=f"{len(example.images)} times {self.images.placeholder}, before the answer",
-                actual=f"{sum(counts)}",
-                hint="remove the placeholder from the text, or use a chat template for images",
-            )
-        images, found = iter(example.images), {}
-        for number, (segment, count) in enumerate(zip(rendered.segments, counts, strict=True)):
-            if count:
-                continues = number > 0
-                shown = [next(images) for _ in range(count)]
-                ids = self.images.expanded(f"\n{segment.text}" if continues else segment.text, shown, example.where)
-                begins = len(self._line_end) if continues and ids[: len(self._line_end)] == self._line_end else 0
-                if continues and not begins:
-                    ids = self.images.expanded(segment.text, shown, example.where)
-                found[number] = ids[begins:]
-        return _Shown(rendered, found)
+        ids = image_segment_ids(rendered.segments, example.images, self.images, self._line_end, example.where)
+        return _Shown(rendered, ids)
 
     def _joined(self, example: Example, rendered: Rendered, pieces: Sequence[_Piece], most_tokens: int) -> Encoded:
         """The pieces of an example as one record."""
@@ -262,7 +244,7 @@ class Encoder:
         labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
         prompt_tokens = sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
         if not example.images:
-            self._require_no_image_token(input_ids, example.where)
+            require_no_image_token(input_ids, self.images, example.where)
             return _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
         ends = accumulate(len(piece.input_ids) for piece in pieces)
         last = max(end for end, piece in zip(ends, pieces, strict=True) if piece.has_images)
@@ -276,17 +258,6 @@ class Encoder:
             )
         cut = _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
         return replace(cut, images=example.images)
-
-    def _require_no_image_token(self, input_ids: Sequence[int], where: str) -> None:
-        """Checks that a record without images has no token that stands for one."""
-        if self.images is not None and not self.images.token_ids.isdisjoint(input_ids):
-            raise DataError(
-                "The text contains the model's token for images, but the record has no images.",
-                path=where,
-                expected="images in the field images",
-                actual="none",
-                hint="remove the placeholder from the text, or add the images",
-            )
 
     def _pieces(self, shown: Sequence[_Shown]) -> list[list[_Piece]]:
         """The tokens of each example, split as `render` splits its text."""

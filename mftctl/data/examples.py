@@ -193,6 +193,6 @@ def _message(fields: list[Any]) -> Message:
 
 def _canonical(message: Message) -> list[Any]:
     calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
-    more = [message.thinking, calls, message.name, message.tool_call_id, message.is_learned]
+    more: list[Any] = [message.thinking, calls, message.name, message.tool_call_id, message.is_learned]
     more += [list(message.image_places)] if message.image_places else []
     return [message.role, message.content, *([] if more == ["", [], None, None, True] else [more])]

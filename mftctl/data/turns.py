@@ -74,8 +74,8 @@ def to_message(turn: object, where: str, key: str) -> Message:
     is_learned = _is_learned(turn, where, key)
     if not calls and not content.strip() and not (thinking.strip() and is_learned):
         raise empty_answer(where, f"{key}.{content_key}", content)
-    name = _name(turn, "name", where, key)
-    return Message(role, content, thinking, calls, name, is_learned=is_learned, image_places=places)
+    speaker = _name(turn, "name", where, key)
+    return Message(role, content, thinking, calls, speaker, is_learned=is_learned, image_places=places)
 
 
 def unused_keys(turn: object) -> set[str]:

@@ -61,5 +61,5 @@ def language_model(model: nn.Module) -> nn.Module | None:
         return None
     if config.get_text_config(decoder=True) is config:
         return None
-    decoder = model.get_decoder()
+    decoder = model.get_decoder()  # type: ignore[operator]
     return decoder if isinstance(decoder, nn.Module) else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import (
     AutoConfig,
@@ -87,11 +88,12 @@ def load_processor(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Processo
         hint=_hint(),
     ):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code())
-        if type(config) not in PROCESSOR_MAPPING:
+        kind: Any = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+        if not isinstance(kind, type):
             raise ModelError(
                 "transformers has no processor for this model.", path=folder, key="model_type", actual=config.model_type
             )
-        return _without_videos(PROCESSOR_MAPPING[type(config)], folder, tokenizer)
+        return _without_videos(kind, folder, tokenizer)
 
 
 def _hint() -> str:
@@ -100,18 +102,16 @@ def _hint() -> str:
     return "copy preprocessor_config.json and processor_config.json from the original model into this folder"
 
 
-def _without_videos(kind: type[ProcessorMixin], folder: Path, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+def _without_videos(kind: Any, folder: Path, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     """The processor of a class from its parts."""
     from transformers import AutoImageProcessor
 
-    names = kind.get_attributes()
-
-    def attributes(_: type[ProcessorMixin]) -> list[str]:
-        return [name for name in names if name != _VIDEO]
-
-    reduced = type(kind.__name__, (kind,), {"get_attributes": classmethod(attributes)})
-    known = {
-        "image_processor": lambda: AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil"),
+    names: list[str] = kind.get_attributes()
+    known: dict[str, Callable[[], Any]] = {
+        # The classes of transformers are not typed.
+        "image_processor": lambda: cast("Any", AutoImageProcessor).from_pretrained(
+            folder, local_files_only=True, backend="pil"
+        ),
         "tokenizer": lambda: copy.deepcopy(tokenizer),  # some processors change it
         _VIDEO: lambda: None,
     }
@@ -123,6 +123,11 @@ def _without_videos(kind: type[ProcessorMixin], folder: Path, tokenizer: PreTrai
             expected="image_processor, tokenizer and video_processor",
             actual=", ".join(unknown),
         )
+
+    def attributes(_: type[ProcessorMixin]) -> list[str]:
+        return [name for name in names if name != _VIDEO]
+
+    reduced: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(attributes)})
     document, options = kind.get_processor_dict(folder, local_files_only=True)
     found: ProcessorMixin = reduced.from_args_and_dict([known[name]() for name in names], document, **options)
     return found
