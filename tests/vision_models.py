@@ -119,7 +119,7 @@ def build_qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel,
         "merge_size": 2,
         "temporal_patch_size": 2,
         "min_pixels": 64,
-        "max_pixels": 512,
+        "max_pixels": 2048,
     }
     processor = {"processor_class": "Qwen2VLProcessor"}
     return Qwen2VLForConditionalGeneration(config), images, processor, "<|vision_start|><|image_pad|><|vision_end|>"

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.data.examples import IGNORED_LABEL, Example, Learn, TokenIds
 from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.image_reference import ImageReference
-from mftctl.data.image_segments import image_segment_ids, require_no_image_token
+from mftctl.data.image_segments import image_segment_ids, require_no_image_token, require_vision
 from mftctl.data.record_issues import RecordIssues, Remark
 from mftctl.data.rendering import Rendered, Renderer
 from mftctl.data.template_limits import template_limits
@@ -172,6 +172,7 @@ class Encoder:
         with template_limits():
             for example in examples:
                 try:
+                    require_vision(example.images, self.images, example.where)
                     rendered.append(None if example.token_ids is not None else self.renderer.render(example))
                 except DataError as error:
                     rendered.append(error)
@@ -198,9 +199,13 @@ class Encoder:
         """
         *before, last = example.messages
         asked = replace(example, messages=(*before, replace(last, is_learned=True)))
+        require_vision(example.images, self.images, example.where)
         [pieces] = self._pieces([self._shown(asked, self.renderer.render(asked))])
         last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-        return [token for piece in pieces[:last_answer] for token in piece.input_ids]
+        prompt = [token for piece in pieces[:last_answer] for token in piece.input_ids]
+        if not example.images:
+            require_no_image_token(prompt, self.images, example.where)
+        return prompt
 
     def _given(self, example: Example, ids: TokenIds, max_length_tokens: int) -> Encoded:
         """The encoded form of a pre-tokenised record."""
@@ -231,9 +236,9 @@ class Encoder:
         """A rendered example with the tokens of its segments with images.
 
         Raises:
-            DataError: The model takes only text, the template leaves out an image, or an image cannot be used.
+            DataError: The template leaves out an image, or an image cannot be used.
         """
-        if not example.images:
+        if not example.images or self.images is None:
             return _Shown(rendered, {})
         ids = image_segment_ids(rendered.segments, example.images, self.images, self._line_end, example.where)
         return _Shown(rendered, ids)

@@ -13,7 +13,7 @@ from mftctl.errors import DataError
 def image_segment_ids(
     segments: Sequence[Segment],
     references: Sequence[ImageReference],
-    images: ImageInputs | None,
+    images: ImageInputs,
     line_end: Sequence[int],
     where: str,
 ) -> dict[int, list[int]]:
@@ -24,22 +24,13 @@ def image_segment_ids(
     Args:
         segments: The rendered text.
         references: The images in order.
-        images: The image side of the model; None for a model that takes only text.
+        images: The image side of the model.
         line_end: The tokens of a newline.
         where: Origin of the record, for errors.
 
     Raises:
-        DataError: The model takes only text, the text has more or fewer placeholders than images, an answer has one,
-            or an image cannot be used.
+        DataError: The text has more or fewer placeholders than images, an answer has one, or an image cannot be used.
     """
-    if images is None:
-        raise DataError(
-            "The record has images, but the model takes only text.",
-            path=where,
-            key="images",
-            expected="a vision-language model, such as LLaVA, Qwen2-VL or SmolVLM",
-            hint="use such a model, or remove the field if the text works without it",
-        )
     counts = [segment.text.count(images.placeholder) for segment in segments]
     in_answers = any(count and segment.is_answer for count, segment in zip(counts, segments, strict=True))
     if sum(counts) != len(references) or in_answers:
@@ -57,6 +48,27 @@ def image_segment_ids(
             shown = [next(left) for _ in range(count)]
             found[number] = _ids(segment.text, shown, images, line_end if number else (), where)
     return found
+
+
+def require_vision(references: Sequence[ImageReference], images: ImageInputs | None, where: str) -> None:
+    """Checks that a model takes images if a record has some.
+
+    Args:
+        references: The images of the record.
+        images: The image side of the model; None for a model that takes only text.
+        where: Origin of the record, for errors.
+
+    Raises:
+        DataError: It takes only text.
+    """
+    if references and images is None:
+        raise DataError(
+            "The record has images, but the model takes only text.",
+            path=where,
+            key="images",
+            expected="a vision-language model, such as LLaVA, Qwen2-VL or SmolVLM",
+            hint="use such a model, or remove the field if the text works without it",
+        )
 
 
 def require_no_image_token(input_ids: Sequence[int], images: ImageInputs | None, where: str) -> None:
