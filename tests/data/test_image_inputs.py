@@ -255,6 +255,16 @@ def test_processor_leaves_the_tokenizer_alone(vision_checkpoints: dict[str, Path
     assert encoder.tokenizer.special_tokens_map == before
 
 
+def test_missing_package_is_named(vision_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    monkeypatch.setattr("mftctl.masking.checkpoints.vision_language.find_spec", lambda name: None)
+    folder = vision_checkpoints["smolvlm"]
+    with pytest.raises(ModelError, match="image processor cannot be loaded") as caught:
+        load_processor(folder, load_encoder(folder, Recipe()).tokenizer)
+    assert "num2words" in str(caught.value.actual)
+    assert 'pip install "mftctl[vision]"' in str(caught.value.hint)
+
+
 def test_missing_processor_is_reported(vision_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     for path in vision_checkpoints["llava"].iterdir():
