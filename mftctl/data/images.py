@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mftctl.data.examples import Example
+from mftctl.data.examples import Example, Message
 from mftctl.data.image_reference import ImageReference, read_image
 from mftctl.data.turns import Fields, wrong_type
 from mftctl.errors import DataError
 
 IMAGES = ("images", "image")
 """Fields of a record with its images, in order of preference."""
+
+_MARK = "<image>"
+"""Stands for an image in the text of the data of LLaVA and others."""
 
 _FORMS = "a path, bytes, or an object with path or bytes"
 
@@ -38,7 +42,7 @@ def given_images(fields: Fields, where: str) -> tuple[ImageReference, ...]:
 
 
 def placed_images(example: Example, images: tuple[ImageReference, ...], where: str) -> Example:
-    """The example with its images: at its image parts, or before the text of the first question if it has none.
+    """The example with its images: at its image parts, at `<image>` in its questions, or before the first question.
 
     Args:
         example: Without images.
@@ -48,7 +52,7 @@ def placed_images(example: Example, images: tuple[ImageReference, ...], where: s
     Raises:
         DataError: The numbers of parts and images differ, an answer has an image, or the record has no question.
 
-    Source: TRL, `prepare_multimodal_messages`, for images without parts.
+    Source: TRL, `prepare_multimodal_messages`, for images without places; LLaVA's data for `<image>`.
     """
     places = sum(len(message.image_places) for message in example.messages)
     if not images and not places:
@@ -59,6 +63,9 @@ def placed_images(example: Example, images: tuple[ImageReference, ...], where: s
         raise _unsupported("an answer that contains an image", where)
     messages = list(example.messages)
     if not places:
+        messages = [_marked(message) for message in messages]
+        places = sum(len(message.image_places) for message in messages)
+    if not places:
         first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
             raise _unsupported("no user turn", where)
@@ -66,13 +73,22 @@ def placed_images(example: Example, images: tuple[ImageReference, ...], where: s
         places = len(images)
     if places != len(images):
         raise DataError(
-            "The number of image parts differs from the number of images.",
+            "The number of places for images differs from the number of images.",
             path=where,
             key=IMAGES[0],
-            expected=f"{len(images)} parts of type image, or none",
+            expected=f"{len(images)} parts of type image or marks {_MARK}, or none",
             actual=places,
         )
     return replace(example, messages=tuple(messages), images=images)
+
+
+def _marked(message: Message) -> Message:
+    """A question with places instead of the marks in its text."""
+    if message.role != "user" or _MARK not in message.content:
+        return message
+    first, *others = message.content.split(_MARK)
+    places = accumulate((len(text) for text in others[:-1]), initial=len(first))
+    return replace(message, content="".join([first, *others]), image_places=tuple(places))
 
 
 def read_images(example: Example, folder: Path | None) -> Example:

@@ -61,6 +61,20 @@ def test_image_parts_keep_their_places() -> None:
     assert example.messages[0].texts == ["Left: ", " right: ", ""]
 
 
+def test_marks_in_questions_are_places() -> None:
+    turns = [
+        {"from": "human", "value": "<image>\nLike <image>?"},
+        {"from": "gpt", "value": "No."},
+        {"from": "human", "value": "And <image>"},
+        {"from": "gpt", "value": "An <image> too."},
+    ]
+    example = to_example({"conversations": turns, "images": ["a.png", "b.png", "c.png"]}, "train.jsonl:1")
+    assert [message.texts for message in example.messages[::2]] == [["", "\nLike ", "?"], ["And ", ""]]
+    assert example.messages[3].content == "An <image> too."
+    alone = to_example({"conversations": turns[:2]}, "train.jsonl:1")  # a plain text, whatever it means to a model
+    assert (alone.messages[0].content, alone.messages[0].image_places) == ("<image>\nLike <image>?", ())
+
+
 @pytest.mark.parametrize(
     "image", ["a.png", {"path": "a.png"}, {"path": "a.png", "bytes": None}, {"path": None, "bytes": b"x"}, b"x"]
 )
@@ -91,9 +105,10 @@ def test_other_number_of_parts_than_images() -> None:
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     completion = [{"role": "assistant", "content": "That."}]
     error = refused(prompt=prompt, completion=completion, images=["a.png", "b.png"])
-    assert "number of image parts differs" in error.message
+    assert "number of places for images differs" in error.message
     assert error.actual == 1
-    assert "number of image parts differs" in refused(prompt=prompt, completion=completion).message
+    assert "number of places for images differs" in refused(prompt=prompt, completion=completion).message
+    assert refused(prompt="<image>", images=["a.png", "b.png"]).actual == 1
 
 
 def test_part_that_holds_the_image() -> None:
