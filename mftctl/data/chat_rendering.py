@@ -320,7 +320,7 @@ class ChatRenderer:
             content = "\n".join([*([content] if content else []), *map(_call_text, message.tool_calls)])
         turn: dict[str, Any] = {"role": role, "content": content}
         if message.image_places:
-            turn["content"] = _parts(message)
+            turn["content"] = message.parts
         elif self._takes_parts:
             turn["content"] = [{"type": "text", "text": content}]
         if message.thinking:
@@ -347,15 +347,6 @@ class ChatRenderer:
     def _specials(self) -> tuple[str, ...]:
         added = self._tokenizer.added_tokens_decoder.values()
         return tuple({*(token.content for token in added if token.special), *self._tokenizer.all_special_tokens})
-
-
-def _parts(message: Message) -> list[dict[str, str]]:
-    """The content of a turn as parts: text and places of images."""
-    first, *others = message.texts
-    parts = [{"type": "text", "text": first}] if first else []
-    for text in others:
-        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-    return parts
 
 
 def _call_text(call: ToolCall) -> str:

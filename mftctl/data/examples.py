@@ -64,6 +64,15 @@ class Message:
         bounds = [0, *self.image_places, len(self.content)]
         return [self.content[start:end] for start, end in pairwise(bounds)]
 
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """The content as chat templates take it from a turn with images: parts of type `text` and `image`."""
+        first, *others = self.texts
+        parts = [{"type": "text", "text": first}] if first else []
+        for text in others:
+            parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return parts
+
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
@@ -157,13 +166,14 @@ class Example:
             content: From `canonical`.
             where: Origin of the record.
             has_turns: Whether the record is a list of turns, which the canonical form leaves out.
-            images: Its images, of which the canonical form has only the digests.
+            images: Its images, of which the canonical form has only the digests; without them, they have no content.
         """
         kind, messages, *more = json.loads(content)
         tools, template_args, ids = more[0] if more else ("", "", None)
         token_ids = None if ids is None else TokenIds(tuple(ids[0]), tuple(ids[1]))
         rejected = tuple(map(_message, more[1])) if len(more) > 1 else ()
         turns = tuple(map(_message, messages))
+        images = images or tuple(map(ImageReference, more[2] if len(more) > 2 else ()))
         return cls(kind, turns, where, has_turns, tools, template_args, token_ids, rejected, images)
 
     def prompt_content(self) -> bytes:

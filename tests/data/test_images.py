@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from mftctl.data.examples import Example, Message
 from mftctl.data.formats import to_example, unused_fields
 from mftctl.data.image_reference import ImageReference
 from mftctl.data.images import read_images
+from mftctl.data.overlap import question_keys
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 from tests.vision_models import made_image
 
@@ -160,6 +164,18 @@ def test_canonical_form_keeps_the_places(places: list[int], count: int) -> None:
     question = Message("user", "What?", image_places=tuple(sorted(places)))
     example = Example("chat", (question, Message("assistant", "That.")), "x", images=images)
     assert Example.from_canonical(example.canonical(), "x", has_turns=False, images=images) == example
+
+
+def test_same_question_about_another_image_is_another_question(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    lines = [json.dumps({"prompt": "What?", "completion": "It.", "images": [f"{seed}.png"]}) for seed in (0, 1, 0)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    examples = load_examples([DataSource(str(tmp_path / "train.jsonl"))])
+    first, second, third = question_keys(examples)
+    assert first == third != second
+    first, second, third = examples.prompt_keys.tolist()
+    assert first == third != second
 
 
 def test_text_alone_keeps_its_canonical_form() -> None:

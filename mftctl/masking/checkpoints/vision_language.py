@@ -29,11 +29,12 @@ _VIDEO = "video_processor"
 
 
 def is_vision_language(config: PreTrainedConfig) -> bool:
-    """True if a configuration describes a model that transformers loads with `AutoModelForImageTextToText`.
+    """True if a configuration describes a decoder that transformers loads with `AutoModelForImageTextToText`.
 
     Models whose vision tower has no configuration of its own are loaded as language models.
     """
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+    has_tower = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+    return has_tower and not getattr(config, "is_encoder_decoder", False)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
