@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,6 +162,19 @@ FAMILIES: dict[str, Callable[..., tuple[PreTrainedModel, dict[str, Any], dict[st
     "qwen2_vl": build_qwen2_vl,
     "smolvlm": build_smolvlm,
 }
+
+
+families = pytest.mark.parametrize("family", FAMILIES)
+families_with_images = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            name, marks=pytest.mark.skipif(name == "smolvlm" and not find_spec("num2words"), reason="num2words")
+        )
+        for name in FAMILIES
+    ],
+)
+"""For tests that load the processor; that of SmolVLM imports num2words, which the extra `vision` installs."""
 
 
 def save_vision_model(family: str, folder: Path) -> Path:

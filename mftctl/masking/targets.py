@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mftctl.errors import MaskingError
 from mftctl.masking.parameter_layout import StoredPart, stored_parts
-from mftctl.masking.towers import language_model, projector_modules
+from mftctl.masking.towers import outside_decoder, projector_modules
 
 Target = Literal["attn", "mlp", "both", "projector", "all"]
 Part = Literal["attn", "mlp", "projector"]
@@ -99,13 +99,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         MaskingError: The model has no such list.
     """
-    language = language_model(model)
-    within = None if language is None else {id(module) for module in language.modules()}
+    outside = outside_decoder(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and (within is None or id(module) in within)
+        and module not in outside
         and len({type(layer) for layer in module}) == 1
         and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules())
     ]

@@ -22,14 +22,11 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import load_encoder
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.vision_language import load_processor
-from tests.vision_models import FAMILIES, made_image
-
-families = pytest.mark.parametrize("family", FAMILIES)
+from tests.vision_models import families_with_images, made_image
 
 
 @pytest.fixture(scope="module")
 def encoders(vision_checkpoints: dict[str, Path]) -> dict[str, Encoder]:
-    pytest.importorskip("num2words")  # SmolVLM's processor needs it
     return {family: load_encoder(folder, Recipe()) for family, folder in vision_checkpoints.items()}
 
 
@@ -84,7 +81,7 @@ def plain_inputs(encoder: Encoder, example: Example) -> dict[str, Any]:
     return {**inputs, "labels": labels}
 
 
-@families
+@families_with_images
 def test_tokens_and_labels_are_those_of_transformers(
     family: str, encoders: dict[str, Encoder], examples: list[Example]
 ) -> None:
@@ -98,7 +95,7 @@ def test_tokens_and_labels_are_those_of_transformers(
         assert encoder.prompt(example) == record.input_ids[:prompt_tokens]
 
 
-@families
+@families_with_images
 def test_losses_are_those_of_transformers_alone_and_together(
     family: str, encoders: dict[str, Encoder], examples: list[Example], vision_checkpoints: dict[str, Path]
 ) -> None:
@@ -114,7 +111,7 @@ def test_losses_are_those_of_transformers_alone_and_together(
         assert loss.nll == pytest.approx(alone.nll, abs=1e-4)
 
 
-@families
+@families_with_images
 def test_another_image_gives_another_loss(
     family: str,
     encoders: dict[str, Encoder],
@@ -127,7 +124,7 @@ def test_another_image_gives_another_loss(
     assert first.nll != second.nll
 
 
-@families
+@families_with_images
 def test_model_in_bf16_takes_the_pixels(
     family: str, encoders: dict[str, Encoder], examples: list[Example], vision_checkpoints: dict[str, Path]
 ) -> None:
@@ -140,7 +137,7 @@ def test_model_in_bf16_takes_the_pixels(
         assert narrow.nll == pytest.approx(wide.nll, rel=0.01)
 
 
-@families
+@families_with_images
 def test_batch_without_images_has_no_pixels(family: str, encoders: dict[str, Encoder], examples: list[Example]) -> None:
     records = encoded(encoders[family], examples)
     batch = PaddingCollator(0)([records[1]])
@@ -168,7 +165,7 @@ def test_images_as_bytes_equal_images_as_paths(encoders: dict[str, Encoder], tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@families
+@families_with_images
 def test_image_is_never_truncated(family: str, encoders: dict[str, Encoder], examples: list[Example]) -> None:
     encoder = encoders[family]
     whole = encoder.encode(examples[0], 512)
@@ -197,7 +194,7 @@ def test_model_of_text_refuses_images(tmp_path: Path, tiny_checkpoint: Path) -> 
         encoder.prompt(question([image(tmp_path, 0)]))
 
 
-@families
+@families_with_images
 def test_placeholder_in_the_text_is_refused(family: str, encoders: dict[str, Encoder], tmp_path: Path) -> None:
     encoder = encoders[family]
     assert encoder.images is not None
@@ -240,12 +237,15 @@ def test_model_without_a_chat_template(encoders: dict[str, Encoder], tmp_path: P
         Encoder(tokenizer, images=encoders["llava"].images).encode(question([image(tmp_path, 0)]), 512)
 
 
-def test_another_process_loads_its_own_processor(encoders: dict[str, Encoder], examples: list[Example]) -> None:
-    for encoder in encoders.values():
-        copy = pickle.loads(pickle.dumps(encoder.images))
-        assert copy.digest == encoder.images.digest
-        again = Encoder(encoder.tokenizer, images=copy).encode(examples[2], 512)
-        assert again.input_ids == encoder.encode(examples[2], 512).input_ids
+@families_with_images
+def test_another_process_loads_its_own_processor(
+    family: str, encoders: dict[str, Encoder], examples: list[Example]
+) -> None:
+    encoder = encoders[family]
+    copy = pickle.loads(pickle.dumps(encoder.images))
+    assert copy.digest == encoder.images.digest
+    again = Encoder(encoder.tokenizer, images=copy).encode(examples[2], 512)
+    assert again.input_ids == encoder.encode(examples[2], 512).input_ids
 
 
 def test_processor_leaves_the_tokenizer_alone(vision_checkpoints: dict[str, Path]) -> None:

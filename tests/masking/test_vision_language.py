@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from mftctl.errors import MaskingError
 from mftctl.masking.baselines import random_mask
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask, target_names
 from mftctl.masking.checkpoints.build_mask import build_mask
+from mftctl.masking.checkpoints.carried_parts import parts_left_out
 from mftctl.masking.checkpoints.check import check_checkpoint
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
-from mftctl.masking.checkpoints.meta_models import count_layers, read_config
+from mftctl.masking.checkpoints.meta_models import build_skeleton, count_layers, read_config
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.checkpoints.vision_language import image_token_ids
 from mftctl.masking.mask_file.document import MaskMetadata
@@ -29,7 +30,8 @@ from mftctl.masking.targets import (
 )
 from mftctl.masking.towers import beside_language_model
 from mftctl.training.flops import flops_per_token
-from tests.vision_models import FAMILIES
+from tests.checkpoint_kinds import with_weights
+from tests.vision_models import families
 
 LANGUAGE = {
     "llava": "model.language_model.layers",
@@ -41,8 +43,6 @@ PROJECTORS = {
     "qwen2_vl": ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"],
     "smolvlm": ["model.connector.modality_projection.proj"],
 }
-
-families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -61,6 +61,16 @@ def test_decoder_layers_are_those_of_the_language_model(family: str, vision_chec
     path, layers = decoder_layers(load(vision_checkpoints[family]))  # every vision tower has more layers
     assert (path, len(layers)) == (LANGUAGE[family], 2)
     assert count_layers(read_config(str(vision_checkpoints[family]))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "path"), [("git", "git.encoder.layer"), ("idefics", "model.layers")])
+def test_tower_in_a_configuration_of_one_level(family: str, path: str) -> None:
+    """Here the configuration itself is that of the language model, and only the tower has one of its own."""
+    config = AutoConfig.for_model(family)
+    config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 3
+    found, layers = decoder_layers(build_skeleton(config, torch.float32))
+    assert (found, len(layers)) == (path, 2)
 
 
 @families
@@ -120,6 +130,32 @@ def test_applied_checkpoint_equals_the_model_masked_in_memory(
         assert torch.equal(parameter, masked[name]), name
     changed = {name for name, parameter in load(folder).named_parameters() if not torch.equal(parameter, masked[name])}
     assert changed == {one.weight_name for one in targets}
+
+
+@pytest.mark.parametrize(
+    ("family", "renamed"),
+    [
+        ("llava", {"vision_tower.": "vision_tower.vision_model."}),  # as published for transformers 4
+        ("llava", {"language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head"}),
+        ("qwen2_vl", {"visual.": "model.visual.", "model.": "model.language_model."}),
+    ],
+)
+def test_names_of_published_checkpoints(
+    family: str, renamed: dict[str, str], vision_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    def rename(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
+
+    folder = with_weights(
+        vision_checkpoints[family], tmp_path / "m", lambda weights: {rename(name): w for name, w in weights.items()}
+    )
+    model, other = load(folder), load(vision_checkpoints[family])
+    for name, parameter in other.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+    targets = find_targets(model, target="all")
+    assert parts_left_out(folder, model) == {}
+    stored = target_names(targets, other, tensor_index(vision_checkpoints[family]))
+    assert target_names(targets, model, tensor_index(folder)) == {name: rename(one) for name, one in stored.items()}
 
 
 def test_layers_of_the_projector() -> None:
