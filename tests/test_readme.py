@@ -181,8 +181,7 @@ def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
 
 @pytest.mark.slow
 def test_vision_language_models(here: CommandLine) -> None:
-    pytest.importorskip("num2words")
-    save_vision_model("smolvlm", here.folder / "my-vlm")
+    save_vision_model("qwen2_vl", here.folder / "my-vlm")
     for name in ("train.jsonl", "test.jsonl"):
         write_image_records(here.folder, [1, 0, 2, 1] * 6, name)
     made_image(0).save(here.folder / "photo.png")

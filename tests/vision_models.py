@@ -165,14 +165,9 @@ FAMILIES: dict[str, Callable[..., tuple[PreTrainedModel, dict[str, Any], dict[st
 
 
 families = pytest.mark.parametrize("family", FAMILIES)
+_needs_package = pytest.mark.skipif(find_spec("num2words") is None, reason="num2words is not installed")
 families_with_images = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            name, marks=pytest.mark.skipif(name == "smolvlm" and not find_spec("num2words"), reason="num2words")
-        )
-        for name in FAMILIES
-    ],
+    "family", [pytest.param(name, marks=_needs_package if name == "smolvlm" else ()) for name in FAMILIES]
 )
 """For tests that load the processor; that of SmolVLM imports num2words, which the extra `vision` installs."""
 
