@@ -27,9 +27,19 @@ IMAGE_TOKENS = (
     "<row_2_col_1>",
     "<row_2_col_2>",
     "<end_of_utterance>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
 )
+"""The special tokens of all families."""
 
-_TEXT = {
+Built = tuple["PreTrainedModel", dict[str, Any], dict[str, Any], str]
+"""A model, the settings of its image processor and of its processor, and what its chat template writes for an image."""
+
+TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -55,7 +65,7 @@ def chat_template(image: str) -> str:
 
 
 def vision_tokenizer() -> PreTrainedTokenizerFast:
-    """The character-level tokenizer with the special tokens of all three families."""
+    """The character-level tokenizer with the special tokens of all families."""
     from tests.conftest import build_tokenizer
 
     tokenizer = build_tokenizer(chat_template=None)
@@ -64,18 +74,23 @@ def vision_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_llava(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any], str]:
+def token_of(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    """The id of a token."""
+    return int(tokenizer.convert_tokens_to_ids(text))
+
+
+def build_llava(tokenizer: PreTrainedTokenizerFast) -> Built:
     """LLaVA with a vision tower that has more layers than the language model."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=8
     )
-    text = LlamaConfig(vocab_size=len(tokenizer), **_TEXT)
+    text = LlamaConfig(vocab_size=len(tokenizer), **TEXT)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=token_of(tokenizer, "<image>"),
         image_seq_length=4,
         pad_token_id=0,
         eos_token_id=1,
@@ -95,24 +110,21 @@ def build_llava(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, di
     return LlavaForConditionalGeneration(config), images, processor, "<image>\n"
 
 
-def build_qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any], str]:
+def build_qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> Built:
     """Qwen2-VL, whose images have as many tokens as their size asks for and whose positions have three parts."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    def token(text: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(text))
 
     config = Qwen2VLConfig(
         vision_config={"depth": 3, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
         text_config={
-            **_TEXT,
+            **TEXT,
             "vocab_size": len(tokenizer),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=token_of(tokenizer, "<|image_pad|>"),
+        video_token_id=token_of(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_of(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_of(tokenizer, "<|vision_end|>"),
         pad_token_id=0,
         eos_token_id=1,
     )
@@ -128,7 +140,7 @@ def build_qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel,
     return Qwen2VLForConditionalGeneration(config), images, processor, "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def build_smolvlm(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any], str]:
+def build_smolvlm(tokenizer: PreTrainedTokenizerFast) -> Built:
     """SmolVLM, which splits large images into tiles."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
@@ -141,8 +153,8 @@ def build_smolvlm(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, 
             "image_size": 16,
             "patch_size": 4,
         },
-        text_config={"model_type": "llama", **_TEXT, "vocab_size": len(tokenizer)},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(tokenizer)},
+        image_token_id=token_of(tokenizer, "<image>"),
         scale_factor=2,
         pad_token_id=0,
         eos_token_id=1,
@@ -157,7 +169,7 @@ def build_smolvlm(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, 
     return SmolVLMForConditionalGeneration(config), images, processor, "<image>"
 
 
-FAMILIES: dict[str, Callable[..., tuple[PreTrainedModel, dict[str, Any], dict[str, Any], str]]] = {
+FAMILIES: dict[str, Callable[[PreTrainedTokenizerFast], Built]] = {
     "llava": build_llava,
     "qwen2_vl": build_qwen2_vl,
     "smolvlm": build_smolvlm,
@@ -172,13 +184,15 @@ families_with_images = pytest.mark.parametrize(
 """For tests that load the processor; that of SmolVLM imports num2words, which the extra `vision` installs."""
 
 
-def save_vision_model(family: str, folder: Path) -> Path:
+def save_vision_model(
+    family: str, folder: Path, build: Callable[[PreTrainedTokenizerFast], Built] | None = None
+) -> Path:
     """A checkpoint folder as its publisher would write it: model, tokenizer, chat template, processor."""
     import torch
 
     tokenizer = vision_tokenizer()
     torch.manual_seed(0)
-    model, images, processor, image = FAMILIES[family](tokenizer)
+    model, images, processor, image = (build or FAMILIES[family])(tokenizer)
     model.save_pretrained(folder)
     tokenizer.chat_template = chat_template(image)
     tokenizer.save_pretrained(folder)

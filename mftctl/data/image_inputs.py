@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,11 +15,13 @@ from mftctl.errors import DataError, ModelError
 from mftctl.text import first_line
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import ProcessorMixin
 
 _TEXT_INPUTS = ("input_ids", "attention_mask")
 _TOKEN_TYPES = "token_type_ids"
 _BLANK_PIXELS = 64
+_OTHER_TEXT = "and a text of some length"
 _FAILURES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError, OSError)
 """What processors raise for images or text that they cannot use."""
 
@@ -129,28 +131,32 @@ class ImageInputs:
         if not shown:
             return {}
         try:
-            made = self.processor(images=shown, return_tensors="pt")
+            made = self._made([self.placeholder * len(images) for images in shown], shown)
         except _FAILURES as error:
             raise _unusable(", ".join(where), error) from error
         return {name: made[name] for name in self._image_inputs}
 
-    @cached_property
-    def _blank(self) -> dict[str, torch.Tensor]:
-        """What the processor makes of a blank image and its placeholder."""
+    def _made(self, texts: list[str], images: list[list[Image]]) -> dict[str, torch.Tensor]:
+        """What the processor makes of texts with a placeholder for each image; some processors need text as well."""
+        made = self.processor(text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=False)
+        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+    def _of_blank(self, text: str) -> dict[str, torch.Tensor]:
+        """What the processor makes of a blank image in a text."""
         from PIL import Image
 
-        blank = Image.new("RGB", (_BLANK_PIXELS, _BLANK_PIXELS))
         try:
-            made = self.processor(
-                text=[self.placeholder], images=[[blank]], return_tensors="pt", add_special_tokens=False
-            )
+            return self._made([text], [[Image.new("RGB", (_BLANK_PIXELS, _BLANK_PIXELS))]])
         except _FAILURES as error:
             raise ModelError(
                 "The model's processor cannot process an image.",
                 key=type(self.processor).__name__,
                 actual=first_line(error),
             ) from error
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+    @cached_property
+    def _blank(self) -> dict[str, torch.Tensor]:
+        return self._of_blank(self.placeholder)
 
     @cached_property
     def _token_types(self) -> dict[str, dict[int, int]]:
@@ -167,14 +173,12 @@ class ImageInputs:
 
     @cached_property
     def _image_inputs(self) -> list[str]:
-        """The names of the inputs that follow from the images alone."""
-        from PIL import Image
-
-        alone: Any = self.processor(images=[[Image.new("RGB", (_BLANK_PIXELS, _BLANK_PIXELS))]], return_tensors="pt")
+        """The names of the inputs that follow from the images, whatever the text."""
+        other = self._of_blank(f"{self.placeholder} {_OTHER_TEXT}")
         names = [name for name in self._blank if name not in _TEXT_INPUTS and not name.endswith(_TOKEN_TYPES)]
-        missing = next((name for name in names if name not in alone), None)
-        if missing is not None:
-            raise self._unsupported(missing)
+        for name in names:
+            if name not in other or not torch.equal(self._blank[name], other[name]):
+                raise self._unsupported(name)
         return names
 
     def _unsupported(self, name: str) -> ModelError:

@@ -97,6 +97,14 @@ def load_processor(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Processo
         return _without_videos(kind, folder, tokenizer)
 
 
+def _own(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy for the processor, which may change it, with a token to pad the placeholders of a batch with."""
+    own = copy.deepcopy(tokenizer)
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token
+    return own
+
+
 def _hint() -> str:
     if find_spec("num2words") is None:
         return 'pip install "mftctl[vision]", or copy preprocessor_config.json and processor_config.json to the folder'
@@ -113,7 +121,7 @@ def _without_videos(kind: Any, folder: Path, tokenizer: PreTrainedTokenizerBase)
         "image_processor": lambda: cast("Any", AutoImageProcessor).from_pretrained(
             folder, local_files_only=True, backend="pil"
         ),
-        "tokenizer": lambda: copy.deepcopy(tokenizer),  # some processors change it
+        "tokenizer": lambda: _own(tokenizer),
         _VIDEO: lambda: None,
     }
     unknown = sorted({*names} - {*known})
