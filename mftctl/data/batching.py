@@ -149,7 +149,7 @@ class PaddingCollator:
             "attention_mask": _pad([[1] * len(sequence.input_ids) for sequence in sequences], width, 0),
             "labels": _pad([sequence.labels for sequence in sequences], width, IGNORED_LABEL),
         }
-        image_inputs = examples[0].image_inputs
+        image_inputs = next((item.image_inputs for item in sequences if item.image_inputs is not None), None)
         if image_inputs is not None:
             images, places = [item.images for item in sequences], [item.where for item in sequences]
             batch |= image_inputs.of_batch(images, batch["input_ids"], places)

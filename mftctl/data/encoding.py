@@ -38,7 +38,8 @@ class Encoded:
         reference: For a preference, the log-probabilities of the chosen and the rejected answer under the reference
             model, in nats; None if they are not known.
         images: The images that some of the tokens stand for, in order.
-        image_inputs: What turns the images of a batch into model inputs; None for data without any images.
+        image_inputs: What turns the images of a batch into model inputs, also for a record without images in data
+            with some; None for data without any.
     """
 
     input_ids: list[int]
@@ -262,7 +263,7 @@ class Encoder:
                 hint="raise --max-length, or remove the record",
             )
         cut = _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
-        return replace(cut, images=example.images)
+        return replace(cut, images=example.images, image_inputs=self.images)
 
     def _pieces(self, shown: Sequence[_Shown]) -> list[list[_Piece]]:
         """The tokens of each example, split as `render` splits its text."""

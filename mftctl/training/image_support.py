@@ -30,7 +30,7 @@ def require_one_process(records: Sequence[Encoded]) -> None:
             key="data",
             expected="one process, or data without images",
             actual=f"{world_size()} processes",
-            hint="start the command without accelerate or --gpus",
+            hint="--processes 1, or start the command without accelerate",
         )
 
 
