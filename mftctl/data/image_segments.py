@@ -67,7 +67,7 @@ def require_vision(references: Sequence[ImageReference], images: ImageInputs | N
             path=where,
             key="images",
             expected="a vision-language model, such as LLaVA, Qwen2-VL or SmolVLM",
-            hint="use such a model, or remove the field if the text works without it",
+            hint="use such a model (one of the hub as a folder), or remove the field if the text works without it",
         )
 
 

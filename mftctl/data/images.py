@@ -15,7 +15,7 @@ from mftctl.data.turns import Fields, wrong_type
 from mftctl.errors import DataError
 
 IMAGES = ("images", "image")
-"""Fields of a record with its images, in order of preference."""
+"""Fields of a record with its images."""
 
 _MARK = "<image>"
 """Stands for an image in the text of the data of LLaVA and others."""
@@ -31,11 +31,20 @@ def given_images(fields: Fields, where: str) -> tuple[ImageReference, ...]:
         where: Its origin, for errors.
 
     Raises:
-        DataError: A field has the wrong type.
+        DataError: A field has the wrong type, or there are two of them.
     """
-    key = next((name for name in IMAGES if fields.get(name)), None)
-    if key is None:
+    keys = [name for name in IMAGES if fields.get(name)]
+    if not keys:
         return ()
+    if len(keys) > 1:
+        raise DataError(
+            "The record has two fields of images.",
+            path=where,
+            key=keys[1],
+            expected=f"only {keys[0]}",
+            hint="put all images of a record into the list images",
+        )
+    key = keys[0]
     value = fields[key]
     images = value if isinstance(value, list) else [value]
     return tuple(_given(image, where, f"{key}[{index}]") for index, image in enumerate(images))

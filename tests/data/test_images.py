@@ -91,6 +91,10 @@ def test_forms_of_an_image(image: Any, key: str) -> None:
     assert record(image=image).images == example.images
 
 
+def test_two_fields_of_images() -> None:
+    assert refused(images=["a.png"], image="b.png").message == "The record has two fields of images."
+
+
 def test_no_images_where_the_field_is_empty() -> None:
     assert record(images=[]) == record(images=None) == record()
 

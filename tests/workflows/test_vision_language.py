@@ -234,6 +234,20 @@ def test_probe_ranks_layers_by_images(vision_checkpoints: dict[str, Path], quest
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "shira", "supertuning"])
+def test_adapters_change_the_language_model(
+    method: str, vision_checkpoints: dict[str, Path], questions: Path, tmp_path: Path
+) -> None:
+    folder = vision_checkpoints["llava"]
+    ratio = {"fft__ratio": 0.5} if method == "supertuning" else {"fft__lora_rank": 2}
+    recipe = recipe_of(folder, questions, fft__method=method, fft__merge=True, fft__keep="last", **ratio)
+    before, after = parameters(folder), parameters(fine_tuned(tmp_path, recipe))
+    targets = {target.weight_name for target in find_targets(load_model(folder, dtype=torch.float32))}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert set() < changed <= targets
+
+
+@pytest.mark.slow
 def test_text_leaves_the_vision_tower_as_it_is(
     vision_checkpoints: dict[str, Path], texts: Path, tmp_path: Path
 ) -> None:

@@ -103,7 +103,7 @@ def _require_token_ids(model: PreTrainedModel, folder: Path) -> None:
     """Checks that the BOS, EOS and padding tokens are given as token ids."""
     for settings in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(settings, name, None)
+            value = vars(settings).get(name)  # not properties, such as a deprecated alias of the text configuration
             tokens = value if isinstance(value, list) else [value]
             if not all(token is None or (type(token) is int and abs(token) < _MOST_TOKENS) for token in tokens):
                 raise ModelError(
