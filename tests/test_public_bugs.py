@@ -162,7 +162,7 @@ def test_02_content_as_parts(bench: Bench) -> None:
     image = {"messages": [turn("user", [{"type": "image", "url": "a.png"}]), turn("assistant", "Blue")]}
     with pytest.raises(DataError, match="not text") as caught:
         bench.shown(image)
-    assert caught.value.actual == "image"
+    assert caught.value.actual == "url"
 
 
 @pytest.mark.slow
