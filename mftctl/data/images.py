@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -11,11 +11,14 @@ from typing import Any
 
 from mftctl.data.examples import Example, Message
 from mftctl.data.image_reference import ImageReference, read_image
-from mftctl.data.turns import Fields, wrong_type
+from mftctl.data.turns import IMAGE_KEYS, Fields, wrong_type
 from mftctl.errors import DataError
 
 IMAGES = ("images", "image")
 """Fields of a record with its images."""
+
+_TURNS = ("messages", "conversations", "prompt", "completion")
+"""Fields of a record with turns that may have image parts, in their order."""
 
 _MARK = "<image>"
 """Stands for an image in the text of the data of LLaVA and others."""
@@ -27,23 +30,23 @@ def given_images(fields: Fields, where: str) -> tuple[ImageReference, ...]:
     """The images of a record, not yet read.
 
     Args:
-        fields: The record: a list in `images`, or one image in `image`.
+        fields: The record: a list in `images`, one image in `image`, or images named by the image parts of its turns.
         where: Its origin, for errors.
 
     Raises:
         DataError: A field has the wrong type, or there are two of them.
     """
-    keys = [name for name in IMAGES if fields.get(name)]
-    if not keys:
-        return ()
-    if len(keys) > 1:
+    keys, named = [name for name in IMAGES if fields.get(name)], list(_in_parts(fields))
+    if len(keys) + bool(named) > 1:
         raise DataError(
-            "The record has two fields of images.",
+            "The record names images in two places.",
             path=where,
-            key=keys[1],
+            key=named[0][0] if named else keys[1],
             expected=f"only {keys[0]}",
             hint="put all images of a record into the list images",
         )
+    if not keys:
+        return tuple(_given(image, where, key) for key, image in named)
     key = keys[0]
     value = fields[key]
     images = value if isinstance(value, list) else [value]
@@ -89,6 +92,18 @@ def placed_images(example: Example, images: tuple[ImageReference, ...], where: s
             actual=places,
         )
     return replace(example, messages=tuple(messages), images=images)
+
+
+def _in_parts(fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Yields the place and the value of each image that an image part names, in the order of the turns."""
+    for field in _TURNS:
+        turns = fields.get(field)
+        for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+            content = turn.get("content") if isinstance(turn, Mapping) else None
+            for index, part in enumerate(content if isinstance(content, list) else ()):
+                if isinstance(part, Mapping) and part.get("type") == "image":
+                    named = (key for key in IMAGE_KEYS if part.get(key) is not None)
+                    yield from ((f"{field}[{number}].content[{index}].{key}", part[key]) for key in named)
 
 
 def _marked(message: Message) -> Message:
@@ -139,6 +154,7 @@ def _given(image: Any, where: str, key: str) -> ImageReference:
         image = path
     if not isinstance(image, str) or not image:
         raise wrong_type(where, key, _FORMS, image)
+    image = image.removeprefix("file://")
     if "://" in image or image.startswith("data:"):
         raise DataError(
             "An image is not on this machine.",

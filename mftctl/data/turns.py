@@ -30,6 +30,9 @@ _LEARNED_KEYS = ("weight", "train", "training", "loss")
 _OTHER_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
 _KNOWN = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *_THINKING_KEYS, *_LEARNED_KEYS, *_OTHER_KEYS))
 
+IMAGE_KEYS = ("image", "path", "url")
+"""Fields of an image part that name its image."""
+
 Fields = Mapping[str, Any]
 
 
@@ -182,14 +185,15 @@ def _content(turn: Fields, content_key: str, where: str, key: str) -> tuple[str,
 
 
 def _require_bare(part: Fields, where: str, key: str) -> None:
-    """Checks that an image part only marks a place."""
-    held = next((name for name, value in part.items() if name != "type" and value is not None), None)
+    """Checks that an image part marks a place and at most names its image."""
+    known = ("type", *IMAGE_KEYS)
+    held = next((name for name, value in part.items() if name not in known and value is not None), None)
     if held is not None:
         raise DataError(
-            "An image part holds more than its type.",
+            "An image part has an unknown field.",
             path=where,
             key=f"{key}.{held}",
-            expected='{"type": "image"}, and the image in the field images of the record',
+            expected=f"one of {', '.join(IMAGE_KEYS)}, or the image in the field images of the record",
             actual=held,
         )
 

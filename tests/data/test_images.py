@@ -92,7 +92,7 @@ def test_forms_of_an_image(image: Any, key: str) -> None:
 
 
 def test_two_fields_of_images() -> None:
-    assert refused(images=["a.png"], image="b.png").message == "The record has two fields of images."
+    assert refused(images=["a.png"], image="b.png").message == "The record names images in two places."
 
 
 def test_no_images_where_the_field_is_empty() -> None:
@@ -119,10 +119,26 @@ def test_other_number_of_parts_than_images() -> None:
     assert refused(prompt="<image>", images=["a.png", "b.png"]).actual == 1
 
 
-def test_part_that_holds_the_image() -> None:
-    prompt = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
+@pytest.mark.parametrize(
+    "part", [{"image": "a.png"}, {"path": "a.png", "url": None}, {"url": "file://a.png"}, {"image": {"path": "a.png"}}]
+)
+def test_parts_that_name_their_image(part: dict[str, Any]) -> None:
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "See "}, {"type": "image", **part}]}]
     completion = [{"role": "assistant", "content": "That."}]
-    assert refused(prompt=prompt, completion=completion).key == "prompt[0].content[0].image"
+    example = record(prompt=prompt, completion=completion)
+    assert (example.messages[0].image_places, example.images[0].path) == ((4,), "a.png")
+    assert "in two places" in refused(prompt=prompt, completion=completion, images=["b.png"]).message
+    twice = [{"role": "user", "content": [{"type": "image", **part}, {"type": "image"}]}]
+    assert "number of places for images differs" in refused(prompt=twice, completion=completion).message
+
+
+def test_part_with_an_unknown_field() -> None:
+    prompt = [{"role": "user", "content": [{"type": "image", "base64": "AAAA"}]}]
+    completion = [{"role": "assistant", "content": "That."}]
+    assert refused(prompt=prompt, completion=completion).key == "prompt[0].content[0].base64"
+    remote = [{"role": "user", "content": [{"type": "image", "url": "https://a.org/b.png"}]}]
+    error = refused(prompt=remote, completion=completion)
+    assert (error.message, error.key) == ("An image is not on this machine.", "prompt[0].content[0].url")
 
 
 @pytest.mark.parametrize(
