@@ -30,7 +30,7 @@ from mftctl.masking.targets import (
 )
 from mftctl.masking.towers import beside_language_model
 from mftctl.training.flops import flops_per_token
-from tests.checkpoint_kinds import with_weights
+from tests.checkpoint_kinds import copied, with_weights
 from tests.vision_models import families
 
 LANGUAGE = {
@@ -156,6 +156,17 @@ def test_names_of_published_checkpoints(
     assert parts_left_out(folder, model) == {}
     stored = target_names(targets, other, tensor_index(vision_checkpoints[family]))
     assert target_names(targets, model, tensor_index(folder)) == {name: rename(one) for name, one in stored.items()}
+
+
+def test_template_of_an_older_processor(vision_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(vision_checkpoints["llava"], tmp_path / "m")
+    (folder / "chat_template.json").write_text('{"chat_template": "older"}')
+    template = load_tokenizer(vision_checkpoints["llava"]).chat_template
+    assert load_tokenizer(folder).chat_template == template
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(folder).chat_template == "older"
+    (folder / "chat_template.json").write_text("[]")
+    assert load_tokenizer(folder).chat_template is None
 
 
 def test_layers_of_the_projector() -> None:

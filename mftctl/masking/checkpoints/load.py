@@ -90,8 +90,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     require_trusted_code(folder)
     found = checked_tokenizer(folder, folder, local_files_only=True)
-    if found.chat_template is None:
-        found.chat_template = processor_template(folder)
+    found.chat_template = processor_template(folder) or found.chat_template
     return found
 
 

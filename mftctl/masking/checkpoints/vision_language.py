@@ -24,6 +24,7 @@ from mftctl.files.json_files import read_json_object
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import trusts_code
 
+_TEMPLATE = "chat_template.jinja"
 _LEGACY_TEMPLATE = "chat_template.json"
 _VIDEO = "video_processor"
 
@@ -63,7 +64,9 @@ def image_token_ids(folder: Path) -> frozenset[int] | None:
 
 
 def processor_template(folder: Path) -> str | None:
-    """The chat template that older processors keep in a file of their own; None without one."""
+    """The chat template that older processors keep in a file of their own; None without one, or beside a newer file."""
+    if (folder / _TEMPLATE).is_file():
+        return None
     try:
         template = read_json_object(folder / _LEGACY_TEMPLATE).get("chat_template")
     except (OSError, ValueError):
