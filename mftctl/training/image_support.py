@@ -12,26 +12,28 @@ from mftctl.errors import ConfigError
 from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.masking.towers import beside_language_model
 from mftctl.progress import Listener
-from mftctl.runtime.processes import world_size
+from mftctl.runtime.processes import spreads_parameters, world_size
 
 
-def require_one_process(records: Sequence[Encoded]) -> None:
-    """Checks that a training with images runs in one process.
+def require_reached_parameters(records: Sequence[Encoded], *, trains_language_model_only: bool) -> None:
+    """Checks that each process of a training with images reaches all that is trained, also in batches without images.
 
     Args:
-        records: Training or validation records.
+        records: Training records.
+        trains_language_model_only: Whether nothing of the vision tower and the projector is trained.
 
     Raises:
-        ConfigError: There are several: a process whose batch has no image would not reach the parameters of others.
+        ConfigError: There are several processes, and they share parameters or also train other parts.
     """
-    if any_images(records) and world_size() > 1:
-        raise ConfigError(
-            "Training with images runs in one process.",
-            key="data",
-            expected="one process, or data without images",
-            actual=f"{world_size()} processes",
-            hint="--processes 1, or start the command without accelerate",
-        )
+    if not any_images(records) or world_size() == 1 or (trains_language_model_only and not spreads_parameters()):
+        return
+    raise ConfigError(
+        "This training with images runs in one process.",
+        key="data",
+        expected="one process; or mask-train --target attn, mlp or both under DDP; or data without images",
+        actual=f"{world_size()} processes",
+        hint="--processes 1, or start the command without accelerate",
+    )
 
 
 def require_text(records: Sequence[Encoded], what: str, key: str) -> None:

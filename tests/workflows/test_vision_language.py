@@ -324,8 +324,13 @@ def test_several_processes_are_refused(
     vision_checkpoints: dict[str, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mftctl.training.image_support.world_size", lambda: 2)
-    error = _refused(tmp_path, recipe_of(vision_checkpoints["llava"], questions), "fft")
-    assert (error.message, error.actual) == ("Training with images runs in one process.", "2 processes")
+    for command, target in (("fft", "both"), ("mask-train", "all")):
+        recipe = recipe_of(vision_checkpoints["llava"], questions, mask_train__target=target)
+        error = _refused(tmp_path, recipe, command)
+        assert (error.message, error.actual) == ("This training with images runs in one process.", "2 processes")
+    monkeypatch.setattr("mftctl.training.image_support.spreads_parameters", lambda: True)
+    recipe = recipe_of(vision_checkpoints["llava"], questions, mask_train__target="both")
+    assert _refused(tmp_path, recipe).message == "This training with images runs in one process."
 
 
 @pytest.mark.parametrize("part", ["data", "retain_data"])
