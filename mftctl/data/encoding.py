@@ -6,10 +6,9 @@ start of its answer, and the prompt's ids are the ones the model sees during gen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
 from itertools import accumulate, takewhile
 from typing import NamedTuple, cast
 
@@ -22,6 +21,7 @@ from mftctl.data.image_segments import image_segment_ids, require_no_image_token
 from mftctl.data.record_issues import RecordIssues, Remark
 from mftctl.data.rendering import Rendered, Renderer
 from mftctl.data.template_limits import template_limits
+from mftctl.data.text_tokens import Text, TextTokens
 from mftctl.errors import DataError
 
 
@@ -80,15 +80,6 @@ class Encoded:
 
 
 _BATCH_RECORDS = 256
-_SHORT_CHARACTERS = 32
-_MOST_KNOWN_TEXTS = 1024
-
-
-class _Text(NamedTuple):
-    """A text to tokenise, and whether it continues another text."""
-
-    text: str
-    continues: bool
 
 
 class _Piece(NamedTuple):
@@ -136,7 +127,7 @@ class Encoder:
         self.learn = learn
         self.now = now or datetime.now().astimezone()
         self.renderer = Renderer(tokenizer, learn, self.now)
-        self._known: dict[_Text, list[int]] = {}
+        self._texts = TextTokens(tokenizer)
 
     def encode(self, example: Example, max_length_tokens: int) -> Encoded:
         """The example's tokens up to the maximum length, with labels on every answer and its end-of-turn marker.
@@ -241,7 +232,7 @@ class Encoder:
         """
         if not example.images or self.images is None:
             return _Shown(rendered, {})
-        ids = image_segment_ids(rendered.segments, example.images, self.images, self._line_end, example.where)
+        ids = image_segment_ids(rendered.segments, example.images, self.images, self._texts.line_end, example.where)
         return _Shown(rendered, ids)
 
     def _joined(self, example: Example, rendered: Rendered, pieces: Sequence[_Piece], most_tokens: int) -> Encoded:
@@ -268,9 +259,9 @@ class Encoder:
     def _pieces(self, shown: Sequence[_Shown]) -> list[list[_Piece]]:
         """The tokens of each example, split as `render` splits its text."""
         texts = [
-            [_Text(segment.text, index > 0) for index, segment in enumerate(item.rendered.segments)] for item in shown
+            [Text(segment.text, index > 0) for index, segment in enumerate(item.rendered.segments)] for item in shown
         ]
-        ids = self._tokenized(
+        ids = self._texts.tokenized(
             {
                 text
                 for item, segments in zip(shown, texts, strict=True)
@@ -280,7 +271,7 @@ class Encoder:
         )
         found = []
         for (item, image_ids), segments in zip(shown, texts, strict=True):
-            bos = self._default_bos if item.add_bos and not self._begins_with_bos(item) else []
+            bos = self._texts.default_bos if item.add_bos and not self._begins_with_bos(item) else []
             pieces = [_Piece(bos, is_answer=False)] if bos else []
             for number, (segment, text) in enumerate(zip(item.segments, segments, strict=True)):
                 has_images = number in image_ids
@@ -295,51 +286,6 @@ class Encoder:
         """True if the text includes its own begin-of-sequence token."""
         bos = self.tokenizer.bos_token
         return bool(bos) and rendered.segments[0].text.startswith(bos)
-
-    def _tokenized(self, texts: Set[_Text]) -> dict[_Text, list[int]]:
-        """The ids of each text.
-
-        Tokenizers of the Llama 2 family prepend a space to what they take for the start of a text. A newline prepended
-        to a text that continues another takes that space and is dropped again, unless it merges with the text, which
-        theirs never does.
-        """
-        found = {text: self._known[text] for text in texts if text in self._known}
-        new = [text for text in texts if text not in found]
-        line_end = self._line_end if any(text.continues for text in new) else []
-        for text, ids in zip(
-            new, self._ids([f"\n{text}" if continues else text for text, continues in new]), strict=True
-        ):
-            if not text.continues:
-                found[text] = ids
-            elif ids[: len(line_end)] == line_end:
-                found[text] = ids[len(line_end) :]
-            else:
-                [found[text]] = self._ids([text.text])
-            # Text that a template writes between turns is the same in every record.
-            if len(text.text) <= _SHORT_CHARACTERS and len(self._known) < _MOST_KNOWN_TEXTS:
-                self._known[text] = found[text]
-        return found
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: the warning about the model's own maximum length does not concern --max-length.
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return ids
-
-    @cached_property
-    def _line_end(self) -> list[int]:
-        [ids] = self._ids(["\n"])
-        return ids
-
-    @cached_property
-    def _default_bos(self) -> list[int]:
-        """The begin-of-sequence token if the tokenizer adds it by default, otherwise nothing."""
-        ids: list[int] = self.tokenizer("\n", verbose=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
 class PromptTooLongError(DataError):

@@ -19,7 +19,7 @@ def image_segment_ids(
 ) -> dict[int, list[int]]:
     """The token ids of the segments that show images, by their number.
 
-    Like other segments, they are tokenised on their own; see `Encoder` for the newline before one that continues.
+    Like other segments, they are tokenised on their own; see `TextTokens` for the newline before one that continues.
 
     Args:
         segments: The rendered text.
