@@ -18,7 +18,7 @@ from mftctl.data.examples import Example
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource
-from mftctl.errors import ConfigError, DataError
+from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.answer_room import AnswerRoom
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.evaluation.generation import generate_answers
@@ -141,6 +141,34 @@ def test_fine_tuning_equals_a_plain_loop(
         moved += not torch.equal(tensor, before[name])
     assert moved > len(wanted) / 2
     assert any("vision" in name or "visual" in name for name in wanted if not torch.equal(wanted[name], before[name]))
+
+
+@pytest.mark.slow
+@families_with_images
+def test_kept_model_is_that_of_the_best_step(
+    family: str, vision_checkpoints: dict[str, Path], questions: Path, tmp_path: Path
+) -> None:
+    """The first step only warms up, and the rate of the others is far too high."""
+    recipe = recipe_of(vision_checkpoints[family], questions, fft__max_steps=3)
+    recipe = recipe.model_copy(update={"fft": recipe.fft.model_copy(update={"learning_rate": 1.0})})
+    run, source = open_run(tmp_path, "fft", recipe)
+    assert fine_tune(recipe, source, run, Silence()).best_step == 1
+    before = parameters(vision_checkpoints[family])
+    assert all(torch.equal(before[name], tensor) for name, tensor in parameters(run.folder / "model").items())
+
+
+@pytest.mark.slow
+@families_with_images
+def test_resuming_gives_the_identical_model(
+    family: str, vision_checkpoints: dict[str, Path], questions: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(vision_checkpoints[family], questions, fft__max_steps=4)
+    whole = parameters(fine_tuned(tmp_path, recipe))
+    run, source = open_run(tmp_path, "fft", recipe)
+    with pytest.raises(Interrupted):
+        fine_tune(recipe, source, run, Interrupter(2))
+    fine_tune(recipe, source, run, Silence(), resume=True)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in parameters(run.folder / "model").items())
 
 
 @pytest.mark.slow
