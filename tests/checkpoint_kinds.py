@@ -71,7 +71,7 @@ def with_own_code(folder: Path) -> Path:
 
 
 def build_composite(folder: Path, tokenizer: Any) -> Path:
-    """A small Qwen 3.5 with its vision tower."""
+    """A small Qwen 3.5 with its vision tower, and with a head that transformers leaves out."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     text = {
@@ -90,5 +90,8 @@ def build_composite(folder: Path, tokenizer: Any) -> Path:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     torch.manual_seed(0)
     Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["mtp.fc.weight"] = torch.randn(32, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder

@@ -150,6 +150,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vision_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved vision-language model of each family, with its processor. Read-only."""
+    from tests.vision_models import FAMILIES, save_vision_model
+
+    root = tmp_path_factory.mktemp("vision")
+    return {family: save_vision_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real benchmark data; skips the test if there is none."""
     folder = os.environ.get("MFTCTL_TEST_DATA")

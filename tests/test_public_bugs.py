@@ -159,10 +159,13 @@ def test_02_content_as_parts(bench: Bench) -> None:
     parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "colour."}]
     record = {"messages": [turn("user", parts), turn("assistant", [{"type": "text", "text": "Blue"}])]}
     assert bench.shown(record) == ["<s><|user|>Name a colour.</s><|assistant|>»Blue</s>«"]
-    image = {"messages": [turn("user", [{"type": "image", "url": "a.png"}]), turn("assistant", "Blue")]}
-    with pytest.raises(DataError, match="not text") as caught:
+    image = {"messages": [turn("user", [{"type": "image", "url": "https://a.org/a.png"}]), turn("assistant", "Blue")]}
+    with pytest.raises(DataError, match="not on this machine"):
         bench.shown(image)
-    assert caught.value.actual == "image"
+    audio = {"messages": [turn("user", [{"type": "audio", "path": "a.wav"}]), turn("assistant", "Blue")]}
+    with pytest.raises(DataError, match="neither text nor an image") as caught:
+        bench.shown(audio)
+    assert caught.value.actual == "audio"
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from tests.cli.running import CommandLine
 from tests.conftest import build_llama, build_tokenizer
 from tests.masking.built_checkpoints import write_tuned
 from tests.preference_records import write_preferences
+from tests.vision_models import made_image, save_vision_model, write_image_records
 from tests.workflow_fixtures import write_additions
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,7 @@ RUN = {
     "docs/guides/preferences.md": ("Preferences",),
     "docs/guides/recipes.md": ("Check before you train",),
     "docs/guides/report.md": ("Report",),
+    "docs/guides/vision-language.md": ("Vision-language models",),
 }
 """Where the blocks are whose commands run here, by the beginning of their headings."""
 PARSED = {
@@ -175,6 +177,23 @@ def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
         run_all(own, block("docs/guides/methods.md", heading))
     assert (own.folder / "dropped" / "model.safetensors").is_file()
     assert (own.folder / "imported.bits").is_file()
+
+
+@pytest.mark.slow
+def test_vision_language_models(here: CommandLine) -> None:
+    save_vision_model("qwen2_vl", here.folder / "my-vlm")
+    for name in ("train.jsonl", "test.jsonl"):
+        write_image_records(here.folder, [1, 0, 2, 1] * 6, name)
+    made_image(0).save(here.folder / "photo.png")
+    run_all(here, block("docs/guides/vision-language.md", "Vision-language models"))
+    assert (here.folder / "better" / "preprocessor_config.json").is_file()
+    assert (here.folder / "all.bits").is_file()
+    records = [
+        to_example(json.loads(line), "the guide")
+        for line in block("docs/guides/vision-language.md", "Data", "json").splitlines()
+    ]
+    assert [len(record.images) for record in records] == [1, 2, 1, 0]
+    assert [record.messages[0].image_places for record in records] == [(0,), (8, 13), (0,), ()]
 
 
 @pytest.mark.slow

@@ -36,6 +36,10 @@ def generate(
         list[str] | None,
         typer.Option("--prompt", "-p", help="Prompt; repeatable.", rich_help_panel=_PROMPTS),
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="Image shown before each --prompt; repeatable.", rich_help_panel=_PROMPTS),
+    ] = None,
     sources: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", help="Records whose prompts to answer.", rich_help_panel=_PROMPTS),
@@ -73,7 +77,7 @@ def generate(
             given = [console.ask("Prompt", "--prompt or --data")]
         from mftctl.workflows import generate as answering
 
-        examples = answering.prompt_examples(given, sources or [], records)
+        examples = answering.prompt_examples(given, sources or [], records, images or [])
         on_text = console.text if console.is_live else None
         found = answering.generate(recipe, source, examples, console, texts=len(given), on_text=on_text)
         if on_text is None:

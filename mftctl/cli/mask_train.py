@@ -167,7 +167,7 @@ def show(console: Output, run: Run, result: MaskTrainResult) -> None:
     if isinstance(result, MeasuredMask) and result.projection_ratios:
         rows += [("", f"{100 * ratio:.2g} % of {name}") for name, ratio in result.projection_ratios.items()]
     if len(set(result.layer_ratios.values())) > 1:
-        rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result.layer_ratios.items()]
+        rows += [("", f"{100 * ratio:.2g} % of {_place(layer)}") for layer, ratio in result.layer_ratios.items()]
     if isinstance(result, MeasuredMask):
         rows += _losses(result)
     rows += [("mask", result.output or result.mask)]
@@ -181,6 +181,11 @@ def _soft_rows(result: MaskTrainResult) -> list[tuple[str, str]]:
         return []
     multipliers = f"mean {result.soft.mean:.4f}, {result.soft.changed:,} of {result.weights:,} are not 1"
     return [("multipliers", multipliers), ("file", f"{result.soft.file_bytes:,} bytes")]
+
+
+def _place(layer: str) -> str:
+    """A masked layer of the result, or the projector, in words."""
+    return f"layer {layer}" if layer.isdigit() else f"the {layer}"
 
 
 def _losses(result: MeasuredMask) -> list[tuple[str, str]]:

@@ -113,7 +113,8 @@ class Session:
         drops = self.command == "mask-train" and recipe.mask_train.method == "drop"
         if not recipe.data and not drops:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
-        if self.command == "mask-train" and recipe.mask_train.layers is None and not drops:
+        has_layers = not drops and recipe.mask_train.target != "projector"
+        if self.command == "mask-train" and recipe.mask_train.layers is None and has_layers:
             recipe = self._with_layers(source)
         use_device(recipe, self.launch)
         output = self._settle_training_output(output, recipe, source, permit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +135,8 @@ class PaddingCollator:
         """The batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape `(sequences, longest)`.
 
         Preferences give two sequences each: first all with the chosen answers, then all with the rejected ones. If
-        their reference log-probabilities are known, the batch has them as `reference`, fp32 `(2, preferences)`.
+        their reference log-probabilities are known, the batch has them as `reference`, fp32 `(2, preferences)`. Records
+        of data with images also give the inputs of `ImageInputs.of_batch`.
 
         Args:
             examples: At least one; all of them preferences, or none.
@@ -148,10 +149,24 @@ class PaddingCollator:
             "attention_mask": _pad([[1] * len(sequence.input_ids) for sequence in sequences], width, 0),
             "labels": _pad([sequence.labels for sequence in sequences], width, IGNORED_LABEL),
         }
+        image_inputs = next((item.image_inputs for item in sequences if item.image_inputs is not None), None)
+        if image_inputs is not None:
+            images, places = [item.images for item in sequences], [item.where for item in sequences]
+            batch |= image_inputs.of_batch(images, batch["input_ids"], places)
         known = [example.reference for example in examples if example.reference is not None]
         if known:
             batch[REFERENCE] = torch.tensor(known, dtype=torch.float32).T
         return batch
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The inputs of the model in a batch, on a device: all but labels and reference."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", REFERENCE)}
+
+
+def any_images(records: Sequence[Encoded]) -> bool:
+    """True if some record of the data has images."""
+    return len(records) > 0 and records[0].image_inputs is not None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -237,7 +237,8 @@ class ChatRenderer:
         """The whole text, checked to contain the text of every turn."""
         whole = self._text(example, example.messages)
         for index, message in enumerate(example.messages):
-            if message.role != "tool" and not _holds(whole, _said(message)):
+            said = message.texts if message.image_places else [_said(message)]
+            if message.role != "tool" and not all(_holds(whole, text.strip()) for text in said):
                 raise DataError(
                     "The chat template drops text of the record.",
                     path=example.where,
@@ -318,7 +319,9 @@ class ChatRenderer:
         if message.tool_calls and not self._knows("tool_calls"):
             content = "\n".join([*([content] if content else []), *map(_call_text, message.tool_calls)])
         turn: dict[str, Any] = {"role": role, "content": content}
-        if self._takes_parts:
+        if message.image_places:
+            turn["content"] = message.parts
+        elif self._takes_parts:
             turn["content"] = [{"type": "text", "text": content}]
         if message.thinking:
             turn |= {"reasoning_content": message.thinking, "thinking": message.thinking}

@@ -6,19 +6,22 @@ start of its answer, and the prompt's ids are the ones the model sees during gen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.examples import IGNORED_LABEL, Example, Learn, TokenIds
+from mftctl.data.image_inputs import ImageInputs
+from mftctl.data.image_reference import ImageReference
+from mftctl.data.image_segments import image_segment_ids, require_no_image_token, require_vision
 from mftctl.data.record_issues import RecordIssues, Remark
 from mftctl.data.rendering import Rendered, Renderer
 from mftctl.data.template_limits import template_limits
+from mftctl.data.text_tokens import Text, TextTokens
 from mftctl.errors import DataError
 
 
@@ -34,6 +37,9 @@ class Encoded:
         rejected: For a preference, the same prompt with the rejected answer; `input_ids` has the chosen one.
         reference: For a preference, the log-probabilities of the chosen and the rejected answer under the reference
             model, in nats; None if they are not known.
+        images: The images that some of the tokens stand for, in order.
+        image_inputs: What turns the images of a batch into model inputs, also for a record without images in data
+            with some; None for data without any.
     """
 
     input_ids: list[int]
@@ -42,6 +48,8 @@ class Encoded:
     remarks: Remark = Remark.NONE
     rejected: Encoded | None = None
     reference: tuple[float, float] | None = None
+    images: tuple[ImageReference, ...] = ()
+    image_inputs: ImageInputs | None = None
 
     @property
     def sides(self) -> tuple[Encoded, ...]:
@@ -72,22 +80,21 @@ class Encoded:
 
 
 _BATCH_RECORDS = 256
-_SHORT_CHARACTERS = 32
-_MOST_KNOWN_TEXTS = 1024
-
-
-class _Text(NamedTuple):
-    """A text to tokenise, and whether it continues another text."""
-
-    text: str
-    continues: bool
 
 
 class _Piece(NamedTuple):
-    """The tokens of one span of an example, and whether they are trained on."""
+    """The tokens of one span of an example, whether they are trained on, and whether it shows images."""
 
     input_ids: list[int]
     is_answer: bool
+    has_images: bool = False
+
+
+class _Shown(NamedTuple):
+    """A rendered example, and the tokens of the segments that show images by their number."""
+
+    rendered: Rendered
+    image_ids: dict[int, list[int]]
 
 
 class Encoder:
@@ -97,22 +104,30 @@ class Encoder:
         tokenizer: Its chat template, if it has one, renders the examples.
         learn: Whether to train on all answers of a conversation or only on the last.
         now: The current time as the chat template sees it; by default, the system time.
+        images: The image side of a vision-language model; None for a model that takes only text.
 
     Attributes:
         tokenizer: The tokenizer.
+        images: The image side of the model.
         learn: The answers to train on.
         now: The current time as the template sees it.
         renderer: Renders the text.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, learn: Learn = "all", now: datetime | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        learn: Learn = "all",
+        now: datetime | None = None,
+        images: ImageInputs | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.images = images
         self.learn = learn
         self.now = now or datetime.now().astimezone()
         self.renderer = Renderer(tokenizer, learn, self.now)
-        self._known: dict[_Text, list[int]] = {}
+        self._texts = TextTokens(tokenizer)
 
     def encode(self, example: Example, max_length_tokens: int) -> Encoded:
         """The example's tokens up to the maximum length, with labels on every answer and its end-of-turn marker.
@@ -149,19 +164,21 @@ class Encoder:
         with template_limits():
             for example in examples:
                 try:
+                    require_vision(example.images, self.images, example.where)
                     rendered.append(None if example.token_ids is not None else self.renderer.render(example))
                 except DataError as error:
                     rendered.append(error)
-        pieces = iter(self._pieces([item for item in rendered if isinstance(item, Rendered)]))
+        shown = [self._with_images(example, item) for example, item in zip(examples, rendered, strict=True)]
+        pieces = iter(self._pieces([item for item in shown if isinstance(item, _Shown)]))
         outcomes: list[Encoded | DataError] = []
-        for example, item in zip(examples, rendered, strict=True):
+        for example, item in zip(examples, shown, strict=True):
             try:
                 if isinstance(item, DataError):
                     outcomes.append(item)
                 elif item is None:
                     outcomes.append(self._given(example, cast("TokenIds", example.token_ids), max_length_tokens))
                 else:
-                    outcomes.append(_joined(example, item, next(pieces), max_length_tokens))
+                    outcomes.append(self._joined(example, item.rendered, next(pieces), max_length_tokens))
             except DataError as error:
                 outcomes.append(error)
         return outcomes
@@ -174,9 +191,13 @@ class Encoder:
         """
         *before, last = example.messages
         asked = replace(example, messages=(*before, replace(last, is_learned=True)))
-        [pieces] = self._pieces([self.renderer.render(asked)])
+        require_vision(example.images, self.images, example.where)
+        [pieces] = self._pieces([self._shown(asked, self.renderer.render(asked))])
         last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-        return [token for piece in pieces[:last_answer] for token in piece.input_ids]
+        prompt = [token for piece in pieces[:last_answer] for token in piece.input_ids]
+        if not example.images:
+            require_no_image_token(prompt, self.images, example.where)
+        return prompt
 
     def _given(self, example: Example, ids: TokenIds, max_length_tokens: int) -> Encoded:
         """The encoded form of a pre-tokenised record."""
@@ -191,18 +212,70 @@ class Encoder:
                 hint="use the tokenizer that produced the record",
             )
         prompt_tokens = sum(1 for _ in takewhile(lambda label: label == IGNORED_LABEL, ids.labels))
+        require_no_image_token(ids.input_ids, self.images, example.where)
         return _cut(list(ids.input_ids), list(ids.labels), example.where, max_length_tokens, prompt_tokens)
 
-    def _pieces(self, rendered: Sequence[Rendered]) -> list[list[_Piece]]:
+    def _with_images(self, example: Example, item: Rendered | DataError | None) -> _Shown | DataError | None:
+        """What is known of an example after its images were processed, outside the limits of chat templates."""
+        if not isinstance(item, Rendered):
+            return item
+        try:
+            return self._shown(example, item)
+        except DataError as error:
+            return error
+
+    def _shown(self, example: Example, rendered: Rendered) -> _Shown:
+        """A rendered example with the tokens of its segments with images.
+
+        Raises:
+            DataError: The template leaves out an image, or an image cannot be used.
+        """
+        if not example.images or self.images is None:
+            return _Shown(rendered, {})
+        ids = image_segment_ids(rendered.segments, example.images, self.images, self._texts.line_end, example.where)
+        return _Shown(rendered, ids)
+
+    def _joined(self, example: Example, rendered: Rendered, pieces: Sequence[_Piece], most_tokens: int) -> Encoded:
+        """The pieces of an example as one record."""
+        input_ids = [token for piece in pieces for token in piece.input_ids]
+        labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
+        prompt_tokens = sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
+        if not example.images:
+            require_no_image_token(input_ids, self.images, example.where)
+            return _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
+        ends = accumulate(len(piece.input_ids) for piece in pieces)
+        last = max(end for end, piece in zip(ends, pieces, strict=True) if piece.has_images)
+        if last > most_tokens:
+            raise PromptTooLongError(
+                "The tokens of an image exceed the maximum length; images are never truncated.",
+                path=example.where,
+                expected=f"at most {most_tokens} tokens up to the last image",
+                actual=last,
+                hint="raise --max-length, or remove the record",
+            )
+        cut = _cut(input_ids, labels, example.where, most_tokens, prompt_tokens, rendered.remarks)
+        return replace(cut, images=example.images, image_inputs=self.images)
+
+    def _pieces(self, shown: Sequence[_Shown]) -> list[list[_Piece]]:
         """The tokens of each example, split as `render` splits its text."""
-        texts = [[_Text(segment.text, index > 0) for index, segment in enumerate(item.segments)] for item in rendered]
-        ids = self._tokenized({text for segments in texts for text in segments})
+        texts = [
+            [Text(segment.text, index > 0) for index, segment in enumerate(item.rendered.segments)] for item in shown
+        ]
+        ids = self._texts.tokenized(
+            {
+                text
+                for item, segments in zip(shown, texts, strict=True)
+                for number, text in enumerate(segments)
+                if number not in item.image_ids
+            }
+        )
         found = []
-        for item, segments in zip(rendered, texts, strict=True):
-            bos = self._default_bos if item.add_bos and not self._begins_with_bos(item) else []
+        for (item, image_ids), segments in zip(shown, texts, strict=True):
+            bos = self._texts.default_bos if item.add_bos and not self._begins_with_bos(item) else []
             pieces = [_Piece(bos, is_answer=False)] if bos else []
-            for segment, text in zip(item.segments, segments, strict=True):
-                pieces.append(_Piece(ids[text], segment.is_answer))
+            for number, (segment, text) in enumerate(zip(item.segments, segments, strict=True)):
+                has_images = number in image_ids
+                pieces.append(_Piece(image_ids[number] if has_images else ids[text], segment.is_answer, has_images))
             eos = self.tokenizer.eos_token_id
             if item.add_eos and eos is not None and pieces[-1].input_ids[-1:] != [eos]:
                 pieces[-1] = pieces[-1]._replace(input_ids=[*pieces[-1].input_ids, eos])
@@ -213,51 +286,6 @@ class Encoder:
         """True if the text includes its own begin-of-sequence token."""
         bos = self.tokenizer.bos_token
         return bool(bos) and rendered.segments[0].text.startswith(bos)
-
-    def _tokenized(self, texts: Set[_Text]) -> dict[_Text, list[int]]:
-        """The ids of each text.
-
-        Tokenizers of the Llama 2 family prepend a space to what they take for the start of a text. A newline prepended
-        to a text that continues another takes that space and is dropped again, unless it merges with the text, which
-        theirs never does.
-        """
-        found = {text: self._known[text] for text in texts if text in self._known}
-        new = [text for text in texts if text not in found]
-        line_end = self._line_end if any(text.continues for text in new) else []
-        for text, ids in zip(
-            new, self._ids([f"\n{text}" if continues else text for text, continues in new]), strict=True
-        ):
-            if not text.continues:
-                found[text] = ids
-            elif ids[: len(line_end)] == line_end:
-                found[text] = ids[len(line_end) :]
-            else:
-                [found[text]] = self._ids([text.text])
-            # Text that a template writes between turns is the same in every record.
-            if len(text.text) <= _SHORT_CHARACTERS and len(self._known) < _MOST_KNOWN_TEXTS:
-                self._known[text] = found[text]
-        return found
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: the warning about the model's own maximum length does not concern --max-length.
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return ids
-
-    @cached_property
-    def _line_end(self) -> list[int]:
-        [ids] = self._ids(["\n"])
-        return ids
-
-    @cached_property
-    def _default_bos(self) -> list[int]:
-        """The begin-of-sequence token if the tokenizer adds it by default, otherwise nothing."""
-        ids: list[int] = self.tokenizer("\n", verbose=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
 class PromptTooLongError(DataError):
@@ -310,6 +338,8 @@ def encode_all(
                 used.append(example)
         if on_progress is not None:
             on_progress(min(start + _BATCH_RECORDS, len(examples)), len(examples))
+    if any(record.images for record in records):
+        records = [replace(record, image_inputs=encoder.images) for record in records]
     return EncodedRecords(records, used)
 
 
@@ -329,14 +359,6 @@ def _preference(chosen: Encoded | DataError, rejected: Encoded | DataError) -> E
             hint="raise --max-length, or remove the record" if Remark.CUT in remarks else "remove the record",
         )
     return replace(chosen, remarks=remarks, rejected=rejected)
-
-
-def _joined(example: Example, rendered: Rendered, pieces: Sequence[_Piece], max_length_tokens: int) -> Encoded:
-    """The pieces of an example as one record."""
-    input_ids = [token for piece in pieces for token in piece.input_ids]
-    labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
-    prompt_tokens = sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
-    return _cut(input_ids, labels, example.where, max_length_tokens, prompt_tokens, rendered.remarks)
 
 
 def _cut(

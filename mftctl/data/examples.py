@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, Literal
+
+from mftctl.data.image_reference import ImageReference
 
 IGNORED_LABEL = -100
 """The label that the loss of every transformers model ignores."""
@@ -44,6 +46,7 @@ class Message:
         name: Name of the speaker, or of the function that answers.
         tool_call_id: The call that a tool answers.
         is_learned: Whether to train on an assistant turn.
+        image_places: Where the images of the turn are shown: character positions in its text, ascending.
     """
 
     role: str
@@ -53,6 +56,22 @@ class Message:
     name: str | None = None
     tool_call_id: str | None = None
     is_learned: bool = True
+    image_places: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """The text before, between and after the images; the whole text without images."""
+        bounds = [0, *self.image_places, len(self.content)]
+        return [self.content[start:end] for start, end in pairwise(bounds)]
+
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """The content as chat templates take it from a turn with images: parts of type `text` and `image`."""
+        first, *others = self.texts
+        parts = [{"type": "text", "text": first}] if first else []
+        for text in others:
+            parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +104,7 @@ class Example:
         token_ids: The tokens of a `tokens` record.
         rejected: For a preference, the turns with the rejected answer, from the first; `messages` has the chosen one.
             Empty for a record with one answer.
+        images: The images in the order in which its turns show them.
     """
 
     kind: Kind
@@ -95,6 +115,7 @@ class Example:
     template_args: str = ""
     token_ids: TokenIds | None = None
     rejected: tuple[Message, ...] = ()
+    images: tuple[ImageReference, ...] = ()
 
     @property
     def record_kind(self) -> RecordKind:
@@ -126,33 +147,41 @@ class Example:
     def canonical(self) -> bytes:
         """Canonical JSON of the content; equal records give equal bytes, whatever their origin."""
         document: list[Any] = [self.kind, [_canonical(message) for message in self.messages]]
-        if self.tools or self.template_args or self.token_ids is not None or self.rejected:
+        if self.tools or self.template_args or self.token_ids is not None or self.rejected or self.images:
             ids = None if self.token_ids is None else [self.token_ids.input_ids, self.token_ids.labels]
             document.append([self.tools, self.template_args, ids])
-        if self.rejected:
+        if self.rejected or self.images:
             document.append([_canonical(message) for message in self.rejected])
+        if self.images:
+            document.append([image.sha256 for image in self.images])
         return json.dumps(document).encode()
 
     @classmethod
-    def from_canonical(cls, content: bytes, where: str, *, has_turns: bool) -> Example:
+    def from_canonical(
+        cls, content: bytes, where: str, *, has_turns: bool, images: tuple[ImageReference, ...] = ()
+    ) -> Example:
         """The example with this canonical JSON.
 
         Args:
             content: From `canonical`.
             where: Origin of the record.
             has_turns: Whether the record is a list of turns, which the canonical form leaves out.
+            images: Its images, of which the canonical form has only the digests; without them, they have no content.
         """
         kind, messages, *more = json.loads(content)
         tools, template_args, ids = more[0] if more else ("", "", None)
         token_ids = None if ids is None else TokenIds(tuple(ids[0]), tuple(ids[1]))
         rejected = tuple(map(_message, more[1])) if len(more) > 1 else ()
-        return cls(kind, tuple(map(_message, messages)), where, has_turns, tools, template_args, token_ids, rejected)
+        turns = tuple(map(_message, messages))
+        images = images or tuple(map(ImageReference, more[2] if len(more) > 2 else ()))
+        return cls(kind, turns, where, has_turns, tools, template_args, token_ids, rejected, images)
 
     def prompt_content(self) -> bytes:
-        """Canonical JSON of the kind and the prompt, or of the whole of a plain text or of token ids."""
+        """Canonical JSON of the kind, the prompt and its images, or of the whole of a plain text or of token ids."""
         ids = None if self.token_ids is None else [self.token_ids.input_ids, self.token_ids.labels]
         messages = self.prompt or self.messages
-        return json.dumps([self.kind, [_canonical(message) for message in messages] or ids]).encode()
+        images = [[image.sha256 for image in self.images]] if self.images else []
+        return json.dumps([self.kind, [_canonical(message) for message in messages] or ids, *images]).encode()
 
 
 def shared_start(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -166,11 +195,14 @@ def _message(fields: list[Any]) -> Message:
     role, content, *more = fields
     if not more:
         return Message(role, content)
-    thinking, calls, name, tool_call_id, is_learned = more[0]
-    return Message(role, content, thinking, tuple(ToolCall(*call) for call in calls), name, tool_call_id, is_learned)
+    thinking, calls, name, tool_call_id, is_learned, *places = more[0]
+    called = tuple(ToolCall(*call) for call in calls)
+    shown = tuple(places[0]) if places else ()
+    return Message(role, content, thinking, called, name, tool_call_id, is_learned, shown)
 
 
 def _canonical(message: Message) -> list[Any]:
     calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
-    more = [message.thinking, calls, message.name, message.tool_call_id, message.is_learned]
+    more: list[Any] = [message.thinking, calls, message.name, message.tool_call_id, message.is_learned]
+    more += [list(message.image_places)] if message.image_places else []
     return [message.role, message.content, *([] if more == ["", [], None, None, True] else [more])]

@@ -18,11 +18,12 @@ from mftctl.data.conversations import (
     with_system,
 )
 from mftctl.data.examples import IGNORED_LABEL, Example, Message, TokenIds
+from mftctl.data.images import IMAGES, given_images, placed_images
 from mftctl.data.preferences import CHOSEN, REJECTED, preference
 from mftctl.data.turns import Fields, text, unused_keys, wrong_type
 from mftctl.errors import DataError
 
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_MEDIA = ("videos", "video", "audios", "audio")
 _LABELS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
 _TOKEN_EXTRAS = (*_LABELS, "token_type_ids", "position_ids", "length")
 
@@ -66,7 +67,7 @@ def to_example(record: Mapping[str, Any], where: str) -> Example:
             actual=f"the fields {', '.join(map(str, fields))}" if fields else "no field with a value",
             hint="rename the fields to match one of the formats",
         )
-    return found.build(fields, where)
+    return placed_images(found.build(fields, where), given_images(fields, where), where)
 
 
 def is_record(fields: Mapping[str, Any]) -> bool:
@@ -80,7 +81,7 @@ def unused_fields(record: Mapping[str, Any]) -> set[str]:
     found = _format_of(fields)
     if found is None:
         return set()
-    unused = {str(key) for key in fields if key not in (*found.keys, *found.optional)}
+    unused = {str(key) for key in fields if key not in (*found.keys, *found.optional, *IMAGES)}
     for key in found.keys:
         if isinstance(fields[key], list):
             unused |= {f"{key}.{field}" for turn in fields[key] for field in unused_keys(turn)}
@@ -112,16 +113,16 @@ def _refuse_half_preferences(fields: Fields, where: str) -> None:
 
 
 def _refuse_media(fields: Fields, where: str) -> None:
-    """Rejects records with media: a question about an image cannot be learned from its text."""
+    """Rejects records with video or audio: a question about a film cannot be learned from its text."""
     key = next((key for key in _MEDIA if fields.get(key)), None)
     if key is not None:
         raise DataError(
-            "The record contains media.",
+            "The record contains video or audio.",
             path=where,
             key=key,
-            expected="no images, videos or audio",
+            expected="text and images, no videos or audio",
             actual=type(fields[key]).__name__,
-            hint="mftctl trains language models on text; remove the record, or the field if the text works without it",
+            hint="remove the record, or the field if the text works without it",
         )
 
 

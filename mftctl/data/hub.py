@@ -99,7 +99,7 @@ def rows_digest(dataset: datasets.Dataset) -> str:
 def _rows(batch: pyarrow.RecordBatch | pyarrow.Table, features: datasets.Features | None) -> list[dict[str, Any]]:
     """The rows of a batch with the given features decoded.
 
-    Pictures and sounds are left as they are: they are refused anyway, and decoding needs further packages.
+    Pictures stay compressed until a batch needs them; sounds, which are refused anyway, need further packages.
     """
     rows: list[dict[str, Any]] = batch.to_pylist()
     if features is None:

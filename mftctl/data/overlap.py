@@ -32,7 +32,7 @@ class Matches:
 def question_keys(examples: Examples) -> np.ndarray:
     """An 8-byte digest of each record's question, uint64: equal for prompts that differ only in space around turns.
 
-    The question is the texts before the answer, or the whole of a plain text or of token ids.
+    The question is the texts and images before the answer, or the whole of a plain text or of token ids.
     """
     keys = (
         hashlib.blake2b(json.dumps(_question(example)).encode(), digest_size=8).digest() for example in parsed(examples)
@@ -72,4 +72,5 @@ def shared(keys: np.ndarray, known: np.ndarray) -> Matches:
 def _question(example: Example) -> list[str] | list[int]:
     if example.token_ids is not None:
         return list(example.token_ids.input_ids)
-    return [message.content.strip() for message in example.prompt or example.messages]
+    texts = [message.content.strip() for message in example.prompt or example.messages]
+    return [*texts, *(image.sha256 for image in example.images)]

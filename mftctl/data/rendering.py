@@ -79,7 +79,7 @@ class Renderer:
             return Rendered(_segments(texts), add_bos=True, add_eos=True)
         if self.chat is not None:
             return self._chat(self.chat.render(example))
-        if example.has_turns:
+        if example.has_turns or example.images:
             raise DataError(
                 "The model has no chat template to render turns with.",
                 path=example.where,

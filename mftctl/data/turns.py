@@ -30,6 +30,9 @@ _LEARNED_KEYS = ("weight", "train", "training", "loss")
 _OTHER_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
 _KNOWN = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *_THINKING_KEYS, *_LEARNED_KEYS, *_OTHER_KEYS))
 
+IMAGE_KEYS = ("image", "path", "url")
+"""Fields of an image part that name its image."""
+
 Fields = Mapping[str, Any]
 
 
@@ -58,18 +61,24 @@ def to_message(turn: object, where: str, key: str) -> Message:
             actual=repr(spoken),
         )
     role = _ROLES[name]
-    content, calls = _content(turn, content_key, where, key), _calls(turn, where, key)
+    content, places = _content(turn, content_key, where, key)
+    calls = _calls(turn, where, key)
     if name == "function_call":
         calls, content = (_shared_call(content, where, f"{key}.{content_key}"),), ""
     if role != "assistant":
         return Message(
-            role, content, name=_name(turn, "name", where, key), tool_call_id=_name(turn, "tool_call_id", where, key)
+            role,
+            content,
+            name=_name(turn, "name", where, key),
+            tool_call_id=_name(turn, "tool_call_id", where, key),
+            image_places=places,
         )
     thinking = text(turn, _present(turn, _THINKING_KEYS), where, f"{key}.thinking", default="")
     is_learned = _is_learned(turn, where, key)
     if not calls and not content.strip() and not (thinking.strip() and is_learned):
         raise empty_answer(where, f"{key}.{content_key}", content)
-    return Message(role, content, thinking, calls, _name(turn, "name", where, key), is_learned=is_learned)
+    speaker = _name(turn, "name", where, key)
+    return Message(role, content, thinking, calls, speaker, is_learned=is_learned, image_places=places)
 
 
 def unused_keys(turn: object) -> set[str]:
@@ -158,14 +167,35 @@ def _present(turn: Fields, keys: tuple[str, ...]) -> str:
     return next((key for key in keys if turn.get(key) is not None), keys[-1])
 
 
-def _content(turn: Fields, content_key: str, where: str, key: str) -> str:
-    """The text of a turn; the parts of a list are joined."""
+def _content(turn: Fields, content_key: str, where: str, key: str) -> tuple[str, tuple[int, ...]]:
+    """The text of a turn, of which the parts of a list are joined, and where in it images are shown."""
     value = turn.get(content_key)
     if value is None and (turn.get("tool_calls") or turn.get("function_call")):
-        return ""
+        return "", ()
     if not isinstance(value, list):
-        return text(turn, content_key, where, f"{key}.{content_key}")
-    return "".join(_part(part, where, f"{key}.{content_key}[{index}]") for index, part in enumerate(value))
+        return text(turn, content_key, where, f"{key}.{content_key}"), ()
+    content, places = "", []
+    for index, part in enumerate(value):
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            _require_bare(part, where, f"{key}.{content_key}[{index}]")
+            places.append(len(content))
+        else:
+            content += _part(part, where, f"{key}.{content_key}[{index}]")
+    return content, tuple(places)
+
+
+def _require_bare(part: Fields, where: str, key: str) -> None:
+    """Checks that an image part marks a place and at most names its image."""
+    known = ("type", *IMAGE_KEYS)
+    held = next((name for name, value in part.items() if name not in known and value is not None), None)
+    if held is not None:
+        raise DataError(
+            "An image part has an unknown field.",
+            path=where,
+            key=f"{key}.{held}",
+            expected=f"one of {', '.join(IMAGE_KEYS)}, or the image in the field images of the record",
+            actual=held,
+        )
 
 
 def _part(part: object, where: str, key: str) -> str:
@@ -175,12 +205,12 @@ def _part(part: object, where: str, key: str) -> str:
         raise wrong_type(where, key, "a part with type and text", part)
     if part.get("type", "text") != "text":
         raise DataError(
-            "A content part is not text.",
+            "A content part is neither text nor an image.",
             path=where,
             key=f"{key}.type",
-            expected="text",
+            expected="text or image",
             actual=str(part.get("type")),
-            hint="mftctl trains language models on text; remove the record",
+            hint="remove the record",
         )
     return text(part, "text", where, f"{key}.text")
 

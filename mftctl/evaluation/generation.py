@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from mftctl.data.encoding import Encoded, Encoder
     from mftctl.data.examples import Example
+    from mftctl.data.image_inputs import ImageInputs
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:
@@ -92,7 +94,12 @@ def generate_answers(
             [len(prompts[index]) for index in own],
             max_new_tokens,
             lambda places: continue_prompts(
-                model, tokenizer, [prompts[own[place]] for place in places], pad_id=pad_id, stop_texts=stops.texts
+                model,
+                tokenizer,
+                [prompts[own[place]] for place in places],
+                pad_id=pad_id,
+                stop_texts=stops.texts,
+                asked=PromptImages.of(encoder, [examples[own[place]] for place in places]),
             ),
         )
         for places, written in batches:
@@ -154,6 +161,32 @@ def generation_settings(
         model.generation_config = own
 
 
+@dataclass(frozen=True, slots=True)
+class PromptImages:
+    """The images of a batch of prompts.
+
+    Attributes:
+        images: Turns them into model inputs.
+        examples: The examples that the prompts belong to.
+    """
+
+    images: ImageInputs
+    examples: Sequence[Example]
+
+    @classmethod
+    def of(cls, encoder: Encoder, examples: Sequence[Example]) -> PromptImages | None:
+        """The images of some examples; None if there are none."""
+        if encoder.images is None or not any(example.images for example in examples):
+            return None
+        return cls(encoder.images, examples)
+
+    def inputs(self, input_ids: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        """The model inputs for the padded prompts, int64 `(prompts, tokens)`, on a device."""
+        images = [example.images for example in self.examples]
+        made = self.images.of_batch(images, input_ids, [example.where for example in self.examples])
+        return {name: tensor.to(device) for name, tensor in made.items()}
+
+
 def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -163,6 +196,7 @@ def continue_prompts(
     stop_texts: Sequence[str],
     logits_processors: Sequence[LogitsProcessor] = (),
     streamer: TextStreamer | None = None,
+    asked: PromptImages | None = None,
 ) -> list[list[int]]:
     """The new token ids of each prompt, including padding after the end.
 
@@ -174,6 +208,7 @@ def continue_prompts(
         stop_texts: Texts that end an answer.
         logits_processors: Processors that draw the tokens of samples.
         streamer: Receives the tokens of a single prompt as they are generated.
+        asked: The images of the prompts; None if there are none.
     """
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -184,6 +219,7 @@ def continue_prompts(
     output = model.generate(  # type: ignore[operator]  # comes from a mixin of the concrete class
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
+        **({} if asked is None else asked.inputs(input_ids, model.device)),
         stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop_texts, width)] if stop_texts else []),
         logits_processor=LogitsProcessorList(logits_processors),
         streamer=streamer,

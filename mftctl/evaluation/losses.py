@@ -118,11 +118,12 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
 
     Args:
         model: In evaluation mode.
-        batch: `input_ids`, `attention_mask` and `labels`, each `(samples, tokens)`.
+        batch: `input_ids`, `attention_mask` and `labels`, each `(samples, tokens)`, and inputs for images, if any.
         keeps_some: Whether the model can compute logits at selected positions only.
     """
     import torch.nn.functional as F
 
+    from mftctl.data.batching import model_inputs
     from mftctl.data.examples import IGNORED_LABEL
     from mftctl.evaluation.head_chunks import chunk_count
 
@@ -134,8 +135,7 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
         return _losses_in_chunks(model, batch)
     targets = targets[:, positions]
     logits = model(
-        input_ids=batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
+        **model_inputs(batch, model.device),
         use_cache=False,
         **({"logits_to_keep": positions} if keeps_some else {}),
     ).logits
@@ -154,16 +154,13 @@ def _losses_in_chunks(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[
     import torch
     import torch.nn.functional as F
 
+    from mftctl.data.batching import model_inputs
     from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 
     labels = batch["labels"].to(model.device)
     positions, tokens = answer_positions(labels)
     with logits_only_at(model, positions, tokens):
-        output = model(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            use_cache=False,
-        )
+        output = model(**model_inputs(batch, model.device), use_cache=False)
     logits, others = output.logits, getattr(output, "loss", None)
     chosen = logits[0] if logits.shape[0] == 1 and logits.shape[1] <= len(tokens) else logits.flatten(0, 1)[positions]
     shown = F.cross_entropy(chosen.float(), tokens[: len(chosen)], reduction="none")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mftctl.data import template_clock
+from mftctl.data.batching import any_images
 from mftctl.data.encoding import EncodedRecords, Encoder
 from mftctl.data.examples import Example
 from mftctl.data.prepared.examples import data_digest
@@ -134,6 +135,26 @@ def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: L
     issues = suite.retained_issues
     retained = encode_measured(RETAINED_DATA, suite.retained, recipe, encoder, length, issues, listener)
     return SuiteRecords(encoder, test, retained)
+
+
+def require_local_images(recipe: Recipe, test: SuiteRecords) -> None:
+    """Checks that data with images is measured by the engine of this process.
+
+    Args:
+        recipe: With the `eval` section.
+        test: The tokenised data.
+
+    Raises:
+        ConfigError: Another engine is to answer.
+    """
+    if recipe.eval.engine != "hf" and (any_images(test.records.records) or any_images(test.retained.records)):
+        raise ConfigError(
+            "Data with images is measured only by the model in this process.",
+            key="eval.engine",
+            expected="hf",
+            actual=recipe.eval.engine,
+            hint="omit --engine, or use data without images",
+        )
 
 
 def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:

@@ -64,7 +64,11 @@ class MaskTrainOptions(TrainingOptions):
     layers: LayersText | None = Field(
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
     )
-    target: Literal["attn", "mlp", "both"] = Field("both", description="Projections to mask.")
+    target: Literal["attn", "mlp", "both", "projector", "all"] = Field(
+        "both",
+        description="Projections to mask. attn, mlp or both of the decoder layers; projector: those between the vision "
+        "tower and the language model; all: both and projector.",
+    )
     preset: PresetName = Field(
         "default",
         description="Defaults for options left unset. default: scores start at the magnitude of the weight, and "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence, Sized
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
+from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.prepared.examples import any_begins_without_system
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.template_choice import TemplateChoice, choose_template
@@ -18,6 +20,9 @@ from mftctl.errors import DataError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_inputs import TemplateRecord
 from mftctl.masking.checkpoints.load import load_tokenizer, model_tokenizer
+from mftctl.masking.checkpoints.load_weights import whole_checkpoint
+from mftctl.masking.checkpoints.locate import local_folder
+from mftctl.masking.checkpoints.vision_language import image_token_ids, load_processor
 from mftctl.progress import Listener, Progress
 
 _FEW_RECORDS = 1_000
@@ -41,7 +46,7 @@ def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) 
         ModelError: The tokenizer cannot be loaded.
         ConfigError: The template does not exist, or one must be chosen.
     """
-    return _encoder(load_tokenizer(checkpoint), recipe, now)
+    return _encoder(load_tokenizer(checkpoint), whole_checkpoint(checkpoint), recipe, now)
 
 
 def load_model_encoder(model: str, recipe: Recipe) -> Encoder:
@@ -55,12 +60,30 @@ def load_model_encoder(model: str, recipe: Recipe) -> Encoder:
         ModelError: The tokenizer cannot be loaded.
         ConfigError: The template does not exist, or one must be chosen.
     """
-    return _encoder(model_tokenizer(model, recipe.revision), recipe)
+    return _encoder(model_tokenizer(model, recipe.revision), local_folder(model), recipe)
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, now: datetime | None = None) -> Encoder:
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, folder: Path | None, recipe: Recipe, now: datetime | None = None
+) -> Encoder:
     choose_template(tokenizer, template_choice(recipe))
-    return Encoder(tokenizer, learn=recipe.learn, now=now)
+    return Encoder(tokenizer, learn=recipe.learn, now=now, images=image_inputs(folder, tokenizer))
+
+
+def image_inputs(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> ImageInputs | None:
+    """The image side of the model in a folder, whose processor is loaded when the first image is seen.
+
+    Args:
+        folder: A checkpoint; None for a model that is not on this machine.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        None for a model that takes only text.
+    """
+    token_ids = None if folder is None else image_token_ids(folder)
+    if folder is None or token_ids is None:
+        return None
+    return ImageInputs(partial(load_processor, folder, tokenizer), token_ids)
 
 
 def template_record(encoder: Encoder, recipe: Recipe) -> TemplateRecord:

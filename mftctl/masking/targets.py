@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import nn
@@ -14,8 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mftctl.errors import MaskingError
 from mftctl.masking.parameter_layout import StoredPart, stored_parts
+from mftctl.masking.towers import outside_decoder, projector_modules
 
-Target = Literal["attn", "mlp", "both"]
+Target = Literal["attn", "mlp", "both", "projector", "all"]
+Part = Literal["attn", "mlp", "projector"]
+
+PROJECTOR_LAYER: Final = -1
+"""The layer of a projector's modules: below the first decoder layer, which sees its output."""
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|cross_attn)($|[._])", re.IGNORECASE)
 _MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn)($|[._])", re.IGNORECASE)
@@ -27,20 +32,20 @@ _FUSED_DIMENSIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class MaskTarget:
-    """One projection of a decoder layer: a separate module, or one stored tensor of fused experts.
+    """One projection to mask: a module of a decoder layer or of a projector, or one stored tensor of fused experts.
 
     Attributes:
         name: The module's path in the model, such as `model.layers.4.mlp.up_proj`; for experts, the name of the stored
             tensor without `.weight`, such as `model.layers.4.mlp.experts.7.up_proj`.
-        layer: Index of its decoder layer.
-        part: `attn` or `mlp`.
+        layer: Index of its decoder layer; `PROJECTOR_LAYER` for a module of the projector.
+        part: `attn`, `mlp` or `projector`.
         module: The `nn.Linear` or `Conv1D` itself, or the module that contains the experts.
         fused: For experts, the part of a parameter that it is; None for a separate module.
     """
 
     name: str
     layer: int
-    part: Literal["attn", "mlp"]
+    part: Part
     module: nn.Module
     fused: StoredPart | None = None
 
@@ -88,15 +93,18 @@ class MaskTarget:
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path and the list of the model's decoder layers.
 
-    The decoder is the longest `nn.ModuleList` whose entries all have the same class and contain linear projections.
+    The decoder is the longest `nn.ModuleList` whose entries all have the same class and contain linear projections; of
+    a model with several towers, the longest within its language model, never one of its vision or audio tower.
 
     Raises:
         MaskingError: The model has no such list.
     """
+    outside = outside_decoder(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
+        and module not in outside
         and len({type(layer) for layer in module}) == 1
         and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules())
     ]
@@ -117,38 +125,24 @@ def find_targets(
 ) -> list[MaskTarget]:
     """The projections of the chosen layers, in model order.
 
-    Embeddings, norms, the output head and expert routers are never included. With fused experts, each stored tensor is
-    one projection.
+    Embeddings, norms, the output head, expert routers and a vision tower are never included. With fused experts, each
+    stored tensor is one projection.
 
     Args:
-        model: A decoder-only model.
-        layers: Indices of decoder layers; None selects all.
-        target: `attn`, `mlp` or `both`.
+        model: A decoder-only model, or one with a vision tower.
+        layers: Indices of decoder layers; None selects all. They do not affect the projector.
+        target: `attn`, `mlp` or `both` of the decoder layers, the `projector` behind a vision tower, or `all` of these.
         projections: Only projections with these names, such as `q_proj`; None selects all.
 
     Raises:
-        MaskingError: The model has no decoder layers, nothing matches, a projection name does not exist, or experts are
-            fused in an unsupported form.
+        MaskingError: The model has no decoder layers or no projector, nothing matches, a projection name does not
+            exist, or experts are fused in an unsupported form.
 
     Source: MFT, section 3.1 (attention and MLP projections).
     """
-    prefix, decoder = decoder_layers(model)
-    wanted = range(len(decoder)) if layers is None else layers
-    modules = [
-        (f"{prefix}.{index}.{name}", index, part, module)
-        for index in wanted
-        for name, part, module in _projections(decoder[index])
-        if target in (part, "both")
-    ]
-    experts = _expert_parts(model, [(name, module) for name, _, _, module in modules if not _is_linear(module)])
-    found = []
-    for name, index, part, module in modules:
-        if _is_linear(module):
-            found.append(MaskTarget(name, index, part, module))
-        for fused in experts.get(name, []):
-            found.append(MaskTarget(fused.name.removesuffix(".weight"), index, part, module, fused))
-    if not found:
-        raise _no_projection(decoder, f"target {target}")
+    found = [] if target == "projector" else _decoder_targets(model, layers, target)
+    if target in ("projector", "all"):
+        found = [*_projector_targets(model), *found]
     if projections is None:
         return found
     known = {item.projection for item in found}
@@ -161,6 +155,40 @@ def find_targets(
                 actual=name,
             )
     return [item for item in found if item.projection in projections]
+
+
+def _decoder_targets(model: nn.Module, layers: Sequence[int] | None, target: Target) -> list[MaskTarget]:
+    prefix, decoder = decoder_layers(model)
+    wanted = range(len(decoder)) if layers is None else [layer for layer in layers if layer != PROJECTOR_LAYER]
+    modules = [
+        (f"{prefix}.{index}.{name}", index, part, module)
+        for index in wanted
+        for name, part, module in _projections(decoder[index])
+        if target in (part, "both", "all")
+    ]
+    experts = _expert_parts(model, [(name, module) for name, _, _, module in modules if not _is_linear(module)])
+    found = []
+    for name, index, part, module in modules:
+        if _is_linear(module):
+            found.append(MaskTarget(name, index, part, module))
+        for fused in experts.get(name, []):
+            found.append(MaskTarget(fused.name.removesuffix(".weight"), index, part, module, fused))
+    if not found:
+        raise _no_projection(decoder, f"target {target}")
+    return found
+
+
+def _projector_targets(model: nn.Module) -> list[MaskTarget]:
+    found = [MaskTarget(name, PROJECTOR_LAYER, "projector", module) for name, module in projector_modules(model)]
+    if not found:
+        raise MaskingError(
+            "This model has no projector to mask.",
+            key="target",
+            expected="a vision-language model with linear projections between vision tower and language model",
+            actual=type(model).__name__,
+            hint="--target both",
+        )
+    return found
 
 
 def parse_layers(text: str, layer_count: int) -> list[int]:
@@ -194,8 +222,36 @@ def parse_layers(text: str, layer_count: int) -> list[int]:
     return sorted(chosen)
 
 
+def masked_layer_indices(text: str, layer_count: int, target: Target) -> list[int]:
+    """The sorted indices of the masked decoder layers, with `PROJECTOR_LAYER` first if the target has the projector.
+
+    Args:
+        text: The choice of decoder layers, as for `parse_layers`.
+        layer_count: Number of decoder layers of the model.
+        target: Projections to mask.
+
+    Raises:
+        MaskingError: As for `parse_layers`, or decoder layers are chosen although only the projector is masked.
+    """
+    if target == "projector":
+        if text.strip() != "all":
+            raise MaskingError(
+                "The projector belongs to no decoder layer.",
+                key="layers",
+                expected="no choice of layers",
+                actual=text,
+                hint="omit --layers, or use --target all for the projector and these layers",
+            )
+        return [PROJECTOR_LAYER]
+    chosen = parse_layers(text, layer_count)
+    return [PROJECTOR_LAYER, *chosen] if target == "all" else chosen
+
+
 def format_layers(layers: Sequence[int]) -> str:
-    """The shortest choice that `parse_layers` parses to these layers, such as `0,3,8-11`."""
+    """The shortest choice that `parse_layers` parses to these layers, such as `0,3,8-11`; `projector` comes first."""
+    if PROJECTOR_LAYER in layers:
+        others = format_layers([layer for layer in layers if layer != PROJECTOR_LAYER])
+        return f"projector,{others}" if others else "projector"
     ranges: list[list[int]] = []
     for layer in sorted(set(layers)):
         if ranges and layer == ranges[-1][1] + 1:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mftctl.masking.targets import MaskTarget, decoder_layers
+from mftctl.masking.targets import PROJECTOR_LAYER, MaskTarget, decoder_layers
+from mftctl.masking.towers import beside_language_model
 
 
 def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
@@ -21,6 +22,9 @@ def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
     and within adapters of experts, norms, the optimizer, and the savings from reuse and from logits only at answers are
     left out.
 
+    Of a model with a vision tower, only its language model and a masked projector count: how often a tower runs
+    depends on the images.
+
     Args:
         model: The whole model in one process, before masks are attached.
         masked: Targets that a mask is learned for, while the weights themselves are frozen.
@@ -29,12 +33,17 @@ def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
     whole, factors = _added_to(model)
     whole |= {id(target.module.get_parameter(target.parameter)) for target in masked}
     share = _active_share(model)
+    towers = {id(parameter) for parameter in beside_language_model(model)}
     matrices = []
     for name, weight, is_expert in _matrices(model):
         inside = name.startswith(f"{prefix}.")
         layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(decoder)
         if name.startswith(factors):
             continue
+        if id(weight) in towers:
+            if id(weight) not in whole:
+                continue
+            layer = PROJECTOR_LAYER
         trained = weight.requires_grad or id(weight) in whole
         matrices.append((layer, _weight_count(weight) * (share if is_expert else 1.0), trained))
     below = -1 if _trains_embeddings(model) else len(decoder) + 1

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.encoding import Encoded
 from mftctl.data.examples import Example, RecordKind
+from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.prepared.examples import Examples, data_digest
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import PreparedRecords, answer_lengths, encode_prepared, token_lengths
@@ -33,6 +34,7 @@ from mftctl.experiments.run_inputs import Digests, RunInputs, TemplateRecord, Tr
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.progress import Listener, Silence
+from mftctl.training.image_support import require_reached_parameters, require_text
 from mftctl.training.retained_data import RetainedData, prepare_retained
 
 
@@ -53,6 +55,7 @@ class TrainingInputs:
         check: Facts about the checkpoint.
         validation_examples: The examples behind the validation records.
         retained: Records of another domain; None if the recipe names none, or the command does not use them.
+        images: The image side of a vision-language model; None for a model that takes only text.
     """
 
     checkpoint: Path
@@ -67,6 +70,7 @@ class TrainingInputs:
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
     validation_examples: Sequence[Example] = ()
     retained: RetainedData | None = None
+    images: ImageInputs | None = None
 
     def template_text(self) -> str:
         """The chat template as described in a model card."""
@@ -128,6 +132,7 @@ def prepare_training(
     learn_from: LearnFrom = "all",
     retain_weight: float | None = None,
     kind: RecordKind = "answers",
+    trains_language_model_only: bool = False,
     now: datetime | None = None,
     listener: Listener | None = None,
 ) -> TrainingInputs:
@@ -143,11 +148,12 @@ def prepare_training(
         learn_from: How to treat those records; see `records_to_learn_from`.
         retain_weight: Weight of the divergence on the recipe's retained data; None if the command does not use it.
         kind: Kind of the training and validation records.
+        trains_language_model_only: Whether nothing of a vision tower and a projector is trained.
         now: The current time as seen by a chat template; by default the clock's.
         listener: Receives notes and warnings about the records.
 
     Raises:
-        ConfigError: The recipe names no data, or the chat template does not exist.
+        ConfigError: The recipe names no data, the chat template does not exist, or images cannot be used.
         DataError: A file or a record cannot be used.
         ModelError: The checkpoint does not match its configuration, its tokenizer cannot be loaded, or a record is
             longer than its learned positions.
@@ -171,6 +177,10 @@ def prepare_training(
         known = np.concatenate([parts.train.digests, parts.validation.digests])
         count, trains = len(validation.records), retain_weight > 0
         retained = prepare_retained(recipe, encoder, max_length_tokens, known, count, trains=trains, listener=listener)
+        require_text(retained.measured, RETAINED_DATA, "--retain")
+    require_reached_parameters(train.records, trains_language_model_only=trains_language_model_only)
+    if recipe.retain_data and retain_weight is not None:
+        require_text(train.records, "Training data beside data to retain", "--retain")
     used = (train.records, validation.records, *([retained.measured, retained.trained] if retained else []))
     check_lengths(check, [length for records in used for length in token_lengths(records)], checkpoint)
     added = added_system_text(encoder, train.examples)
@@ -190,6 +200,7 @@ def prepare_training(
         check,
         validation.examples,
         retained,
+        encoder.images,
     )
 
 

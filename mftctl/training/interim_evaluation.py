@@ -149,7 +149,7 @@ def interim_evaluation(
     """
     if options.benchmark_every is None:
         return None
-    encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
+    encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started, images=inputs.images)
     interim = InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)
     check_lengths(inputs.check, interim.test_lengths, inputs.checkpoint)
     return interim

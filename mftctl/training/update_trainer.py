@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.masking.checkpoints.load import load_model
+from mftctl.masking.checkpoints.outlines import StoredWeights
+from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.runtime.processes import is_first
 from mftctl.training.loop import SftTrainer
 from mftctl.training.sharding.sharded_model import ShardedModel, model_state, put_model, whole_model
@@ -86,16 +88,36 @@ class UpdateTrainer(SftTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.sharded_model is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._put_renamed(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             stored = _weights(Path(resume_from_checkpoint)) if is_first() else {}
             put_model(self.sharded_model, cast("PreTrainedModel", self.model), stored)
 
     def _load_best_model(self) -> None:
         if self.sharded_model is None:
-            super()._load_best_model()
+            if not self._put_renamed(Path(str(self.state.best_model_checkpoint))):
+                super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _put_renamed(self, folder: Path) -> bool:
+        """Loads weights that are stored under other names than in memory; returns False if all have the same name.
+
+        The Trainer itself leaves out weights whose names it does not know, such as those of fused experts and of
+        vision-language models.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):
+            return False  # an adapter, whose names are the same
+        state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        if all(name in state for name in tensor_index(folder)):
+            return False
+        stored = StoredWeights(folder, model)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(stored.rows(name))
+        return True
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from mftctl.evaluation.suite import encode_test_data, measure, prepare_suite
+from mftctl.evaluation.suite import encode_test_data, measure, prepare_suite, require_local_images
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import (
@@ -63,6 +63,7 @@ def _evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener,
         check = check_checkpoint(checkpoint, encoder.tokenizer)
         tell_remarks(check, listener)
         test = encode_test_data(suite, recipe, encoder, listener)
+        require_local_images(recipe, test)
         check_lengths(check, test.lengths_tokens, checkpoint)
         data = EvaluationData(
             chat_template=template_record(encoder, recipe),

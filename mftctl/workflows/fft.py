@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -27,6 +26,7 @@ from mftctl.runtime.process_group import shares_weights
 from mftctl.runtime.processes import is_first, world_size
 from mftctl.runtime.stop_request import stop_on_signal
 from mftctl.training.flops import flops_per_token
+from mftctl.training.image_support import freeze_unreached
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.loop import step_size, train, training_arguments
@@ -130,7 +130,7 @@ def _fine_tune(
     room.require(inputs)
     if is_first():
         save_seen(run.folder, inputs.records)
-    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener, mask)
+    model = _trainable_model(inputs, source, options, recipe.seed, listener, mask)
     if options.objective == "dpo":
         inputs = _with_references(model, inputs, options, listener)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
@@ -205,7 +205,7 @@ def _retained_losses(trainer: UpdateTrainer) -> RetainedLosses | None:
 
 
 def _trainable_model(
-    checkpoint: Path,
+    inputs: TrainingInputs,
     source: ModelSource,
     options: FftOptions,
     seed: int,
@@ -213,6 +213,7 @@ def _trainable_model(
     mask: SupportMask | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model with the parameters that the method trains set to trainable."""
+    checkpoint = inputs.checkpoint
     if options.trains_adapter:
         return adapted_model(checkpoint, source.model, options, seed, mask, listener)
     # Updates are too small for bf16, so weights stay in fp32 or are stochastically rounded.
@@ -221,6 +222,7 @@ def _trainable_model(
         model = load_to_share(checkpoint, dtype=dtype, note=listener.note)
     else:
         model = load_model(checkpoint, dtype=dtype)
+    freeze_unreached(model, inputs.train)
     if options.method == "hft":
         freeze_half(model, seed)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TextStreamer
@@ -11,11 +12,19 @@ from transformers import TextStreamer
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoder
 from mftctl.data.examples import Example, Message
+from mftctl.data.image_reference import ImageReference
+from mftctl.data.images import placed_images, read_images
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.sources import DataSource
-from mftctl.errors import DataError
+from mftctl.errors import ConfigError, DataError
 from mftctl.evaluation.answer_stops import answer_stops
-from mftctl.evaluation.generation import context_tokens, continue_prompts, generate_answers, generation_settings
+from mftctl.evaluation.generation import (
+    PromptImages,
+    context_tokens,
+    continue_prompts,
+    generate_answers,
+    generation_settings,
+)
 from mftctl.evaluation.inference import evaluation_mode
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
@@ -56,21 +65,24 @@ class Answered:
     masked_answer: str | None = None
 
 
-def prompt_examples(prompts: Sequence[str], data: Sequence[str], limit: int) -> list[Example]:
+def prompt_examples(
+    prompts: Sequence[str], data: Sequence[str], limit: int, images: Sequence[Path] = ()
+) -> list[Example]:
     """The prompts given as text, then those of the records in the data.
 
     Args:
         prompts: Texts.
         data: Files or hub ids.
         limit: Maximum number of records.
+        images: Image files, shown before each of the texts.
 
     Raises:
-        DataError: The data cannot be read, or its records have no prompt.
+        ConfigError: There are images, but no texts.
+        DataError: The data or an image cannot be read, or its records have no prompt.
     """
-    texts = [
-        Example("chat", (Message("user", text), Message("assistant", "-")), where=f"prompt {number}")
-        for number, text in enumerate(prompts, start=1)
-    ]
+    if images and not prompts:
+        raise ConfigError("Images belong to prompts.", key="--image", expected="--prompt as well", actual="no prompt")
+    texts = [_asked(text, images, f"prompt {number}") for number, text in enumerate(prompts, start=1)]
     records = list(load_examples([DataSource.parse(source) for source in data])[:limit]) if data else []
     asked = [record for record in records if record.prompt]
     if records and not asked:
@@ -81,6 +93,13 @@ def prompt_examples(prompts: Sequence[str], data: Sequence[str], limit: int) -> 
             actual="plain text",
         )
     return [*texts, *asked]
+
+
+def _asked(text: str, images: Sequence[Path], where: str) -> Example:
+    """A prompt given as text, after images."""
+    example = Example("chat", (Message("user", text), Message("assistant", "-")), where)
+    shown = tuple(ImageReference("", path=str(image)) for image in images)
+    return read_images(placed_images(example, shown, where), folder=None)
 
 
 def generate(
@@ -183,6 +202,7 @@ def _streamed(
             pad_id=pad_token_id(tokenizer),
             stop_texts=stops.texts,
             streamer=_Streamer(tokenizer, take),
+            asked=PromptImages.of(encoder, [example]),
         )
     return ["".join(parts)]
 

@@ -12,6 +12,7 @@ import torch
 from mftctl.errors import OutputError
 from mftctl.experiments.mask_results import KeptMask, SoftMask
 from mftctl.experiments.model_source import ModelSource
+from mftctl.experiments.presets import MaxMultiplier
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run
 from mftctl.files.atomic import atomic_file
@@ -95,7 +96,6 @@ def keep_soft_mask(
                 output, refused = None, str(error)
     weights = sum(own.numel() for own in codes.values())
     removed = sum(int((own == 0).sum()) for own in codes.values())
-    distances = sum(float((own.double() / IDENTITY_CODES[limit] - 1).abs().sum()) for own in codes.values())
     return KeptMask(
         mask=str(path.resolve()),
         output=output,
@@ -104,20 +104,32 @@ def keep_soft_mask(
         weights=weights,
         removed=removed,
         ratio=removed / weights,
-        soft=SoftMask(
-            max_multiplier=limit,
-            changed=sum(int((own != IDENTITY_CODES[limit]).sum()) for own in codes.values()),
-            mean=sum(float(own.double().sum()) for own in codes.values()) / IDENTITY_CODES[limit] / weights,
-            mean_change=distances / weights,
-            file_bytes=path.stat().st_size if is_first() else 0,  # only the first process's result is recorded
-        ),
+        # Only the first process writes the file, and only its result is recorded.
+        soft=_soft_summary(codes, limit, path.stat().st_size if is_first() else 0),
+    )
+
+
+def _soft_summary(codes: Mapping[str, torch.Tensor], limit: MaxMultiplier, file_bytes: int) -> SoftMask:
+    changed, total, distance, weights = 0, 0.0, 0.0, 0
+    for own in codes.values():
+        multipliers = own.double() / IDENTITY_CODES[limit]
+        changed += int((own != IDENTITY_CODES[limit]).sum())
+        total += float(multipliers.sum())
+        distance += float((multipliers - 1).abs().sum())
+        weights += own.numel()
+    return SoftMask(
+        max_multiplier=limit,
+        changed=changed,
+        mean=total / weights,
+        mean_change=distance / weights,
+        file_bytes=file_bytes,
     )
 
 
 def layer_ratios(mask: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
-    """The share removed in each masked decoder layer, by index; with a threshold, it is not known beforehand."""
+    """The share removed in each masked decoder layer, by index, and in the projector; unknown before, by threshold."""
     found = _shares(mask, targets, lambda target: target.layer)
-    return {str(layer): found[layer] for layer in sorted(found)}
+    return {format_layers([layer]): found[layer] for layer in sorted(found)}
 
 
 def projection_ratios(mask: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:

@@ -30,13 +30,14 @@ from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.delta.soft_file import stored_dtypes
 from mftctl.masking.mask import Mask
-from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, masked_layer_indices
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, find_device, frozen_dtype
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
 from mftctl.runtime.process_group import shares_weights
 from mftctl.training.flops import flops_per_token
 from mftctl.training.held_out import compare, confirm, split_validation_records, validation_losses
+from mftctl.training.image_support import first_reusing_layer, require_images_for_projector
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.learn_mask import find_mask
@@ -166,8 +167,9 @@ def _search(
     inputs = prepared.inputs
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs, split_validation_records(inputs.validation, options)[0])
+    require_images_for_projector(options, inputs.train)
     model, weights = _model_to_mask(inputs, options, listener)
-    layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
+    layers = masked_layer_indices(options.layers or "all", len(decoder_layers(model)[1]), options.target)
     targets = find_targets(model, layers, options.target, options.masked_projections)
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
@@ -177,11 +179,12 @@ def _search(
     scores = _step_scores(recipe, inputs, weights, run, listener)
     inputs, confirming = _split(inputs, model, options, listener)
     retention = make_retention(inputs, options, model, before, seed=recipe.seed, listener=listener)
-    come_again = _batches_come_again(len(inputs.train), layers, options, listener)
+    # Processes that share weights must run the same layers, but each has seen different batches.
+    reusing = 0 if shares_weights() else first_reusing_layer(layers, inputs.train, listener)
+    come_again = _batches_come_again(len(inputs.train), reusing, options, listener)
     with (
         hidden_states(options, run.folder) as states,
-        # Processes that share weights must run the same layers, but each has seen different batches.
-        reusing_prefix(model, 0 if shares_weights() else min(layers), states, listener.warn, in_training=come_again),
+        reusing_prefix(model, reusing, states, listener.warn, in_training=come_again),
     ):
         unmasked = None if weights is not None else validation_losses(model, inputs, listener, objective_of(options))
         search = MaskSearch(
@@ -330,10 +333,10 @@ def _step_scores(
     return scores
 
 
-def _batches_come_again(records: int, layers: list[int], options: MaskTrainOptions, listener: Listener) -> bool:
+def _batches_come_again(records: int, reusing: int, options: MaskTrainOptions, listener: Listener) -> bool:
     """True if training repeats its batches, so that their hidden states can be reused; notes why not."""
     come_again = batches_come_again(records, options)
-    if min(layers) > 0 and not come_again and token_batches_change(records, options):
+    if reusing and not come_again and token_batches_change(records, options):
         listener.note(
             "Hidden states are reused only in validation: with --batch-tokens, micro-batches differ between epochs."
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mftctl.data.batching import any_images
 from mftctl.data.encoding import EncodedRecords
 from mftctl.errors import Interrupted
 from mftctl.evaluation.losses import mean_loss
@@ -228,7 +229,7 @@ class _ProbedModel:
             base=self._before(targets),
             unmasked_rewards=self._unmasked_rewards,
         )
-        lowest = 0 if shares_weights() else min(group.layers)
+        lowest = 0 if shares_weights() or any_images(self._inputs.train) else min(group.layers)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
             found = find_mask(search)
         return self._scored(_outcome(group, targets, found), group, found, folder.folder)

@@ -40,6 +40,14 @@ def check_kind(recipe: Recipe) -> None:
             actual=str(options.ratio),
             hint="--ratio auto distributes its budget in mask-train itself, without a probe",
         )
+    if options.target in ("projector", "all"):
+        raise ConfigError(
+            "A probe compares decoder layers, and the projector belongs to none.",
+            key="mask_train.target",
+            expected="attn, mlp or both",
+            actual=options.target,
+            hint="mask-train --target projector, without a probe",
+        )
     part = _PARTS.get(unit, options.target)
     if options.target not in (part, "both"):
         raise ConfigError(

@@ -20,7 +20,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import fine_tuned_state
 from mftctl.files.atomic import atomic_folder, known_failures
 from mftctl.files.ownership import Kind, permit_folder, write_marker
-from mftctl.masking.checkpoints.carried_parts import carry_over, parts_left_out
+from mftctl.masking.checkpoints.carried_parts import carry_over, copy_processor, parts_left_out
 from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter
 from mftctl.training.inputs import TrainingInputs
@@ -130,6 +130,7 @@ def save_model(
             with quiet_transformers():
                 model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(temporary)
+            copy_processor(goes_with.checkpoint, temporary)
             if isinstance(model, PreTrainedModel):
                 parts = parts_left_out(goes_with.checkpoint, model)
                 if parts:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mftctl.data.batching import any_images
 from mftctl.data.encoding import Encoded
 from mftctl.data.prepared.records import token_lengths
 from mftctl.data.rendering import Segment
@@ -140,12 +141,14 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
     """Checks a recipe for a device."""
     problems = ProblemList()
     model = check_model(recipe, problems)
-    data = DataCheck(None if model is None else model.tokenizer, problems)
+    data = DataCheck(None if model is None else model.tokenizer, problems, None if model is None else model.images)
     jobs = _jobs(recipe, problems)
     parts = data.parts(recipe)
     length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
     _check_positions(tokens, model, problems)
+    if tokens is not None and any_images(tokens.train):
+        problems.warn("memory: the estimates do not cover the vision tower's work on images")
     estimates = StageEstimates(model, data, problems, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(job, estimates, problems) for job in jobs]
     if recipe.eval.tasks or recipe.eval.task_data:

@@ -115,7 +115,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
         free_unreachable()  # memory of the previous training run
         restart_peak_memory()
         with device_for(run, Silence(), less_memory=[]):
-            model = fft._trainable_model(inputs.checkpoint, ModelSource("quickstart"), options, recipe.seed, Silence())
+            model = fft._trainable_model(inputs, ModelSource("quickstart"), options, recipe.seed, Silence())
             trainer = fft._trainer(model, inputs, recipe, run, Silence())
             with stop_on_signal(Silence()) as stop:
                 train(trainer, run.training, stop, patience=None, resume=False)

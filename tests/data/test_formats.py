@@ -57,9 +57,9 @@ def test_dolly_context_follows_the_instruction_after_a_blank_line() -> None:
     assert unused_fields(record) == {"category"}
 
 
-@pytest.mark.parametrize("key", ["images", "video", "audios"])
+@pytest.mark.parametrize("key", ["videos", "video", "audios"])
 def test_records_of_more_than_text_are_refused(key: str) -> None:
-    with pytest.raises(DataError, match="contains media") as caught:
+    with pytest.raises(DataError, match="contains video or audio") as caught:
         to_example({"question": "What is this?", "answer": "A cat.", key: ["cat.png"]}, WHERE)
     assert caught.value.key == key
     assert to_example({"question": "2+2?", "answer": "4", key: []}, WHERE).messages == QUESTION_ANSWER

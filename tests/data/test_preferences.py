@@ -117,7 +117,7 @@ def test_only_the_turns_behind_the_prompt_are_trained_on() -> None:
         ({"prompt": "3+3?", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED_WRONGLY]}, "another prompt"),
         ({"prompt": [ASKED], "chosen": [ANSWERED], "rejected": []}, "another prompt"),
         ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED_WRONGLY, ASKED]}, "does not end with an answer"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "images": ["x"]}, "media"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "images": ["x"]}, "cannot have images"),
     ],
 )
 def test_invalid_preferences(record: dict[str, Any], message: str) -> None:

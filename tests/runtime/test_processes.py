@@ -29,9 +29,11 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.masking.delta.delta import open_delta
+from mftctl.masking.mask import load_mask
 from mftctl.runtime.process_group import import_deepspeed, share_of
 from tests.forked_commands.commands import ForkedCommands
 from tests.preference_records import write_preferences
+from tests.vision_models import write_image_records
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
@@ -200,6 +202,27 @@ def test_processes_share_preferences(workspace: Path, tmp_path: Path, forked_com
         rewards = [[row["rewards"] for row in part if "rewards" in row] for part in rows]
         for one, other in zip(*rewards, strict=True):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_share_records_with_images(
+    vision_checkpoints: dict[str, Path], tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
+    """Also in a step in which one process has no image."""
+    write_image_records(tmp_path, [1, 0, 0, 2, 0, 1, 0, 0, 1])
+    data = ("-m", vision_checkpoints["qwen2_vl"], "-d", "train.jsonl", "--val-data", "train.jsonl")
+    steps = ("--global-batch-size", 4, "--batch-size", 2, "--max-steps", 4, "--val-steps", 2, "--lr", "0.02")
+    launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module)
+    for mask, start_of_command in (("1.bits", forked_commands.mftctl), ("2.bits", (*launcher, "mftctl"))):
+        code, _, errors = run(tmp_path, *start_of_command, "mask-train", *data, *steps, "--threshold", 0.02, "-o", mask)
+        assert code == 0, errors
+    assert load_mask(tmp_path / "1.bits").removed > 0
+    assert _kept(tmp_path / "1.bits") == _kept(tmp_path / "2.bits")
+
+
+def _kept(path: Path) -> dict[str, list[list[bool]]]:
+    mask = load_mask(path)
+    return {name: mask[name].tolist() for name in mask.names()}
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_what_is_cut_off(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_records_that_cannot_be_used_are_counted_in_their_place(workspace: Path, tmp_path: Path) -> None:
-    one = write(tmp_path / "1.jsonl", "not json", qa("q1", "a"), "", qa("q2", "a", image="x.png"), qa("q3", "a"))
+    one = write(tmp_path / "1.jsonl", "not json", qa("q1", "a"), "", qa("q2", "a", video="x.mp4"), qa("q3", "a"))
     two = write(tmp_path / "2.jsonl", qa("q4", "a"), "[]")
     found = show(workspace, one, two, choice=Choice(sample=99)).shown
     assert [(record.index, Path(record.where).name, record.outcome) for record in found] == [
@@ -96,7 +96,7 @@ def test_records_that_cannot_be_used_are_counted_in_their_place(workspace: Path,
         (6, "2.jsonl:2", "refused"),
     ]
     assert "malformed" in str(found[0].error)
-    assert "key: image" in str(found[2].error)
+    assert "key: video" in str(found[2].error)
     assert [show(workspace, one, two, choice=Choice(index=n)).shown for n in range(1, 7)] == [(one,) for one in found]
 
 

@@ -58,13 +58,21 @@ def encoded_table(
         "learn": encoder.learn,
         "time": _time_used(encoder),
         "max_length_tokens": max_length_tokens,
+        "images": _images_used(examples, encoder),
     }
     chosen = range(len(examples)) if rows is None else rows.tolist()
     tasks = [
         EncodingTask(tuple(chosen[start : start + _TASK_RECORDS])) for start in range(0, len(chosen), _TASK_RECORDS)
     ]
     setup = EncodingSetup(
-        examples.path, examples.files, encoder.tokenizer, encoder.learn, encoder.now, max_length_tokens
+        examples.path,
+        examples.files,
+        examples.summary.has_images,
+        encoder.tokenizer,
+        encoder.learn,
+        encoder.now,
+        max_length_tokens,
+        encoder.images,
     )
 
     def make(path: Path) -> dict[str, Any]:
@@ -117,6 +125,16 @@ def _tokenizer_digest(encoder: Encoder) -> str:
             digest.update(f"{file.relative_to(folder)}:{len(content)}:".encode() + content)
     digest.update(type(encoder.tokenizer).__qualname__.encode())
     return digest.hexdigest()
+
+
+def _images_used(examples: ExampleTable, encoder: Encoder) -> list[Any] | None:
+    """What the tokens depend on in a vision-language model: its ids for images and, for data with some, its processor.
+
+    None for a model that takes only text.
+    """
+    if encoder.images is None:
+        return None
+    return [sorted(encoder.images.token_ids), encoder.images.digest if examples.summary.has_images else None]
 
 
 def _time_used(encoder: Encoder) -> list[str] | None:

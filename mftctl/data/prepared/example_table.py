@@ -20,6 +20,8 @@ import pyarrow as pa
 from mftctl.data.examples import Example
 from mftctl.data.files import Record
 from mftctl.data.formats import to_example, unused_fields
+from mftctl.data.image_reference import ImageReference
+from mftctl.data.images import located, read_images
 from mftctl.data.prepared.arrow_files import MappedTable, write_batches
 from mftctl.errors import DataError
 from mftctl.progress import Listener, Progress
@@ -40,6 +42,9 @@ _SCHEMA = pa.schema(
         ("is_preference", pa.bool_()),
         ("digest", pa.uint64()),
         ("prompt_key", pa.binary(_KEY_BYTES)),
+        ("image_digests", pa.list_(pa.string())),
+        ("image_paths", pa.list_(pa.string())),  # as in the record; empty for an image whose bytes the record holds
+        ("image_contents", pa.list_(pa.binary())),
     ]
 )
 
@@ -81,11 +86,15 @@ class ReadSummary:
         records: Records read.
         refused: Why some of them cannot be used.
         ignored: Number of records that have each ignored field.
+        missing_images: Numbers of files and paths of the images of refused records.
+        has_images: Whether some record that can be used has images.
     """
 
     records: int
     refused: list[Refusal]
     ignored: dict[str, int]
+    missing_images: list[tuple[int, str]] = field(default_factory=list)
+    has_images: bool = False
 
     def plain(self) -> dict[str, Any]:
         """The summary as plain data."""
@@ -94,7 +103,9 @@ class ReadSummary:
     @classmethod
     def parse(cls, document: dict[str, Any]) -> ReadSummary:
         """The summary from plain data."""
-        return cls(document["records"], [Refusal(**item) for item in document["refused"]], document["ignored"])
+        refused = [Refusal(**item) for item in document["refused"]]
+        missing = [(number, path) for number, path in document["missing_images"]]
+        return cls(document["records"], refused, document["ignored"], missing, document["has_images"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +166,30 @@ class ExampleTable:
 
     def example(self, row: int) -> Example:
         """A record."""
-        return Example.from_canonical(self.content(row), self.where(row), has_turns=self.rows.value("has_turns", row))
+        return Example.from_canonical(
+            self.content(row),
+            self.where(row),
+            has_turns=self.rows.value("has_turns", row),
+            images=self.images(row) if self.summary.has_images else (),
+        )
+
+    def images(self, row: int) -> tuple[ImageReference, ...]:
+        """The images of a record."""
+        names = ("image_digests", "image_paths", "image_contents")
+        folder = data_folder(self.files, self.rows.value("file", row))
+        return tuple(
+            ImageReference(digest, str(located(path, folder)) if path else "", content)
+            for digest, path, content in zip(*(self.rows.value(name, row) for name in names), strict=True)
+        )
+
+    def image_files(self) -> list[Path]:
+        """The image files of all records, also of those that cannot be used because one is missing."""
+        found = dict.fromkeys(self.summary.missing_images)
+        for batch in self.rows.batches if self.summary.has_images else ():
+            columns = (batch.column(name).to_pylist() for name in ("file", "image_paths"))
+            for number, paths in zip(*columns, strict=True):
+                found |= dict.fromkeys((number, path) for path in paths if path)
+        return [located(path, data_folder(self.files, number)) for number, path in found]
 
     def refused(self) -> list[DataError]:
         """The errors of the records that cannot be used."""
@@ -186,7 +220,8 @@ def write_examples(
     """
     found = _Found(files, listener)
     write_table(path, found.usable(records), files)
-    return ReadSummary(found.records, found.refused, dict(found.ignored))
+    missing = list(dict.fromkeys(found.missing_images))
+    return ReadSummary(found.records, found.refused, dict(found.ignored), missing, found.has_images)
 
 
 @dataclass(slots=True)
@@ -198,6 +233,8 @@ class _Found:
     records: int = 0
     refused: list[Refusal] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    missing_images: list[tuple[int, str]] = field(default_factory=list)
+    has_images: bool = False
 
     def usable(self, records: Iterable[Record | DataError]) -> Iterator[Example]:
         """The records that can be used."""
@@ -211,13 +248,38 @@ class _Found:
                 if isinstance(record, DataError):
                     raise record
                 self.ignored.update(unused_fields(record.fields))
-                example = to_example(record.fields, record.where)
+                example = self._with_images(to_example(record.fields, record.where))
             except DataError as error:
                 self.refused.append(refusal_of(error, self.files, self.records))
             else:
                 yield example
         if self.records >= _PROGRESS_RECORDS:
             self.listener.progress(Progress("reading", self.records, self.records))
+
+    def _with_images(self, example: Example) -> Example:
+        """The example with the digests of its images."""
+        if not example.images:
+            return example
+        number, _ = _place(example.where, self.files)
+        try:
+            found = read_images(example, data_folder(self.files, number))
+        except DataError:
+            self.missing_images += [(number, image.path) for image in example.images if image.path]
+            raise
+        self.has_images = True
+        return found
+
+
+def data_folder(files: Sequence[str], number: int) -> Path | None:
+    """The folder of a data file; None for a record that is in none.
+
+    Args:
+        files: The names of the files.
+        number: Number of the file; -1 for none.
+    """
+    if number < 0 or not Path(files[number]).is_file():
+        return None
+    return Path(files[number]).parent
 
 
 def _batches(examples: Iterable[Example], files: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -227,7 +289,7 @@ def _batches(examples: Iterable[Example], files: Sequence[str]) -> Iterator[pa.R
         row = _row(example, *_place(example.where, files, likely=file))
         file = max(row[0], 0)
         rows.append(row)
-        size_bytes += len(row[2])
+        size_bytes += len(row[2]) + sum(len(image.content) for image in example.images)
         if len(rows) == BATCH_RECORDS or size_bytes > _BATCH_BYTES:
             yield _batch(rows)
             rows, size_bytes = [], 0
@@ -246,6 +308,9 @@ def _row(example: Example, file: int, place: str) -> tuple[Any, ...]:
         bool(example.rejected),
         int.from_bytes(hashlib.sha256(content).digest()[:8], "big"),
         hashlib.sha256(example.prompt_content()).digest()[:_KEY_BYTES],
+        [image.sha256 for image in example.images],
+        [image.path for image in example.images],
+        [image.content for image in example.images],
     )
 
 

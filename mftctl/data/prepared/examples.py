@@ -81,6 +81,11 @@ class Examples(Sequence[Example]):
         table: ExampleTable = self.tables[self.table_numbers[index]]
         return table.example(int(self.rows[index]))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the data has records with images; true for all parts of it."""
+        return any(table.summary.has_images for table in self.tables)
+
     def where(self, index: int) -> str:
         """The origin of an example, such as `train.jsonl:17`."""
         table: ExampleTable = self.tables[self.table_numbers[index]]

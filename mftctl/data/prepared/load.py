@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from mftctl.data.examples import RecordKind
 from mftctl.data.prepared.arrow_files import MappedTable
 from mftctl.data.prepared.code_digest import code_digest
-from mftctl.data.prepared.entries import entry
+from mftctl.data.prepared.entries import Entry, entry
 from mftctl.data.prepared.example_table import ExampleTable, ReadSummary, write_examples
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.record_issues import RecordIssues
@@ -131,8 +132,29 @@ def example_table(source: DataSource, listener: Listener) -> ExampleTable:
             )
         return summary.plain()
 
-    made = entry(key, make, listener)
+    table = _table(entry(key, make, listener), places)
+    images = table.image_files()
+    if not images:
+        return table
+    # The first reading told which images there are; the second is kept for these versions of their files.
+    return _table(entry({**key, "images": _image_states(images)}, make, listener), places)
+
+
+def _table(made: Entry, places: tuple[str, ...]) -> ExampleTable:
     return ExampleTable(made.table, made.name, places, MappedTable(made.table), ReadSummary.parse(made.summary))
+
+
+def _image_states(images: Sequence[Path]) -> str:
+    """SHA-256 of the paths, sizes and modification times of image files."""
+    digest = hashlib.sha256()
+    for path in images:
+        try:
+            status = path.stat()
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(f"{path.absolute()}\0{state}\n".encode())
+    return digest.hexdigest()
 
 
 def _file_states(source: DataSource) -> list[tuple[Path, int, int]]:

@@ -11,6 +11,7 @@ from typing import Literal, overload
 import numpy as np
 
 from mftctl.data.encoding import Encoded, Encoder
+from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.prepared.encode import encoded_table
 from mftctl.data.prepared.encoded_table import EncodedTable, Outcome, Sequences
 from mftctl.data.prepared.examples import Examples
@@ -30,6 +31,7 @@ class Records(Sequence[Encoded]):
         rows: The row of each record in its encoded table, int64.
         reference: The log-probabilities of the answers of preferences under the reference model, fp64
             `(records, 2)`; None if they are not known.
+        images: What turns the images of the data into model inputs; None for data without images.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Records(Sequence[Encoded]):
         tables: Sequence[EncodedTable],
         rows: np.ndarray,
         reference: np.ndarray | None = None,
+        images: ImageInputs | None = None,
     ) -> None:
+        self._images = images
         self._examples = examples
         self._tables = tuple(tables)
         self._rows = rows
@@ -54,15 +58,18 @@ class Records(Sequence[Encoded]):
     def __getitem__(self, index: int | slice) -> Encoded | Records:
         reference = None if self._reference is None else self._reference[index]
         if isinstance(index, slice):
-            return Records(self._examples[index], self._tables, self._rows[index], reference)
+            return Records(self._examples[index], self._tables, self._rows[index], reference, self._images)
         number = int(self._examples.table_numbers[index])
         where = self._examples.tables[number].where(int(self._examples.rows[index]))
         record = self._tables[number].record(int(self._rows[index]), where)
+        if self._images is not None:
+            shown = self._examples.tables[number].images(int(self._examples.rows[index]))
+            record = replace(record, images=shown, image_inputs=self._images)
         return record if reference is None else replace(record, reference=tuple(reference.tolist()))
 
     def with_reference(self, reference: np.ndarray) -> Records:
         """The same preferences with log-probabilities of the reference model, fp64 `(records, 2)`."""
-        return Records(self._examples, self._tables, self._rows, reference)
+        return Records(self._examples, self._tables, self._rows, reference, self._images)
 
     @cached_property
     def lengths_tokens(self) -> list[int]:
@@ -212,7 +219,8 @@ def encode_prepared(
     for value, count in zip(*np.unique(remarks[is_used], return_counts=True), strict=True):
         issues.count_remarks(Remark(int(value)), int(count))
     used = examples.take(np.flatnonzero(is_used))
-    return PreparedRecords(Records(used, tables, rows[is_used]), used)
+    images = encoder.images if used.has_images else None
+    return PreparedRecords(Records(used, tables, rows[is_used], images=images), used)
 
 
 def _of_rows(

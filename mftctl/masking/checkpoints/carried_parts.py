@@ -92,9 +92,19 @@ def carry_over(source: Path, folder: Path, parts: Mapping[str, StoredTensor]) ->
     whole = json.loads(read_regular(source / "config.json"))
     if is_composite(whole):
         _write_whole(whole, folder)
-        for name in _BESIDE:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_processor(source, folder)
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copies the files that describe a model's processor of images, audio and video, if it has any.
+
+    Args:
+        source: The checkpoint with them.
+        folder: The new checkpoint.
+    """
+    for name in _BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_whole(config: dict[str, Any], folder: Path) -> None:

@@ -20,6 +20,7 @@ from mftctl.masking.checkpoints.load_weights import load_weights
 from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
 from mftctl.masking.checkpoints.remote_code import require_trusted_code
 from mftctl.masking.checkpoints.tensors import INDEX_FILE, WEIGHTS_FILE, StoredTensor, tensor_index
+from mftctl.masking.towers import language_model
 from mftctl.progress import Listener
 from mftctl.text import counted
 
@@ -135,7 +136,7 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     try:
         return load_weights(folder, device_map="meta", dtype=torch.bfloat16)
     except ModelError as error:
-        if is_composite(config) and "AutoModelForCausalLM" in str(error.actual):
+        if is_composite(config) and "AutoModelFor" in str(error.actual):
             raise ModelError(
                 "transformers has no standalone language model for this model type.",
                 path=folder,
@@ -185,18 +186,18 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _left_out(folder: Path, model: PreTrainedModel) -> Iterator[str]:
-    """Yields a remark on the tensors of a multimodal model that its language model does not use."""
+    """Yields a remark on the tensors of a checkpoint that the model in memory does not have."""
     parts = parts_left_out(folder, model)
     if parts:
         yield (
             "not trained, but carried over unchanged to the checkpoint that is written: "
-            f"{counted(len(parts), 'tensor')} outside the language model, such as {next(iter(parts))}"
+            f"{counted(len(parts), 'tensor')} that the model in memory does not have, such as {next(iter(parts))}"
         )
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """The number of learned positions, or None if positions are computed."""
-    for name, parameter in model.named_parameters():
+    """The number of learned positions of the language model, or None if positions are computed."""
+    for name, parameter in (language_model(model) or model).named_parameters():
         if any(f".{part}." in f".{name}" for part in _LEARNED_POSITIONS):
             return min(
                 int(parameter.shape[0]), int(getattr(model.config, "max_position_embeddings", parameter.shape[0]))

@@ -14,6 +14,7 @@ from mftctl.masking.checkpoints.load_weights import attention_settings, load_wei
 from mftctl.masking.checkpoints.locate import is_adapter, local_folder
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
+from mftctl.masking.checkpoints.vision_language import processor_template
 from mftctl.runtime.devices import best_device, has_bf16, record_attention
 from mftctl.runtime.torch_failures import gpu_failures
 
@@ -28,7 +29,7 @@ def load_model(
     device: torch.device | None = None,
     device_map: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in a checkpoint folder, in evaluation mode.
+    """The language or vision-language model in a checkpoint folder, in evaluation mode.
 
     Args:
         folder: Contains `config.json` and safetensors, or an adapter, which is merged in memory.
@@ -88,7 +89,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: transformers cannot load it, or it needs untrusted code.
     """
     require_trusted_code(folder)
-    return checked_tokenizer(folder, folder, local_files_only=True)
+    found = checked_tokenizer(folder, folder, local_files_only=True)
+    found.chat_template = processor_template(folder) or found.chat_template
+    return found
 
 
 def model_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:

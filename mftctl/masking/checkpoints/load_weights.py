@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import ModelError
@@ -24,6 +19,7 @@ from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
 from mftctl.masking.checkpoints.tensors import tensor_index
+from mftctl.masking.checkpoints.vision_language import auto_class
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.runtime.devices import attention_in_use
 
@@ -56,7 +52,7 @@ def read_configuration(folder: Path) -> PreTrainedConfig:
 
 
 def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
-    """The causal language model in a checkpoint folder, after checking that its files hold every tensor.
+    """The language or vision-language model in a checkpoint folder, after checking that its files hold every tensor.
 
     Args:
         folder: Contains `config.json` and safetensors.
@@ -68,7 +64,7 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
     """
     config = read_configuration(folder)
     with quiet_transformers(), model_failures("The model cannot be loaded.", path=folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -107,7 +103,7 @@ def _require_token_ids(model: PreTrainedModel, folder: Path) -> None:
     """Checks that the BOS, EOS and padding tokens are given as token ids."""
     for settings in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(settings, name, None)
+            value = vars(settings).get(name)  # not properties, such as a deprecated alias of the text configuration
             tokens = value if isinstance(value, list) else [value]
             if not all(token is None or (type(token) is int and abs(token) < _MOST_TOKENS) for token in tokens):
                 raise ModelError(

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mftctl.data.quickstart import built_in
 from mftctl.masking.checkpoints.load_weights import require_few_labels, require_few_layers
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
+from mftctl.masking.checkpoints.vision_language import auto_class
 from mftctl.masking.targets import decoder_layers
 
 
@@ -52,7 +53,7 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds the causal language model of a configuration on the meta device: shapes and dtypes only.
+    """Builds the language or vision-language model of a configuration on the meta device: shapes and dtypes only.
 
     Args:
         config: Model configuration, which the model copies.
@@ -69,7 +70,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         ),
         torch.device("meta"),
     ):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = auto_class(config).from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=trusts_code()
         )
     return model

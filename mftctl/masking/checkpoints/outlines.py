@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.checkpoints.apply_in_memory import spellings
@@ -17,6 +17,7 @@ from mftctl.masking.checkpoints.load_weights import attention_settings, read_con
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import trusts_code
 from mftctl.masking.checkpoints.tensors import StoredTensor, tensor_digest, tensor_index
+from mftctl.masking.checkpoints.vision_language import auto_class
 from mftctl.masking.parameter_layout import StoredPart, stored_parts
 from mftctl.runtime.devices import record_attention
 
@@ -40,7 +41,7 @@ def build_outline(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise MaskingError("8-bit weights cannot be read in parts.", path=folder, expected="bf16, fp16 or fp32")
     with model_failures("The model cannot be loaded.", path=folder):
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trusts_code(), **settings
             )
         if (folder / "generation_config.json").is_file():

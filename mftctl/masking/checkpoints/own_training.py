@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,7 +19,14 @@ from mftctl.masking.mask_file.document import MaskMetadata
 from mftctl.masking.pattern import Pattern
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import Ranking
-from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.masking.targets import (
+    MaskTarget,
+    Target,
+    decoder_layers,
+    find_targets,
+    format_layers,
+    masked_layer_indices,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ def attach_masks(
     model: PreTrainedModel,
     *,
     layers: str = "all",
-    target: Literal["attn", "mlp", "both"] = "both",
+    target: Target = "both",
     ratio: float | None = None,
     threshold: float | None = None,
     pattern: str | None = None,
@@ -78,7 +84,7 @@ def attach_masks(
         raise ConfigError("Give either a ratio, a threshold or a pattern.", key="attach_masks", actual=shown)
     if any(True for _ in masked_layers(model)):
         raise MaskingError("The model has masks already.", expected="a model without masks", hint="detach_masks first")
-    chosen = parse_layers(layers, len(decoder_layers(model)[1]))
+    chosen = masked_layer_indices(layers, len(decoder_layers(model)[1]), target)
     targets = find_targets(model, chosen, target)
     blocks = None if pattern is None else _pattern(pattern)
     if ratio is None and blocks is None and threshold is None:

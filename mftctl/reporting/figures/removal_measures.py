@@ -18,7 +18,8 @@ MAX_MASKS: Final = 12
 """Numbers in the cells of a larger table are unreadable."""
 
 _EVEN: Final = 0.01
-_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.(?!weight$)")
+"""The number of a layer; not that of a module in a sequence, such as in `visual.merger.mlp.0.weight`."""
 _KNOWN_ORDER: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

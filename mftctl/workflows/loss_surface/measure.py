@@ -27,7 +27,7 @@ from mftctl.experiments.fingerprints import file_digest, model_fingerprint
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.record_encoding import encode_part, require_records, tell_issues
+from mftctl.experiments.record_encoding import encode_part, image_inputs, require_records, tell_issues
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import LowestPoints, MadeModel, SurfaceResult
 from mftctl.experiments.run_config import to_document
@@ -133,7 +133,8 @@ def _surface(root: Path, corners: Corners, listener: Listener, points: int, reco
     for model in dict.fromkeys(source_of_run(run).model for run in corners.runs()):
         check = check_checkpoint(resolve_checkpoint(model), tokenizer)
         tell_remarks(check, listener)
-    encoder = Encoder(tokenizer, learn=corners.recipe.learn, now=corners.fft.started)
+    images = image_inputs(checkpoint, tokenizer)
+    encoder = Encoder(tokenizer, learn=corners.recipe.learn, now=corners.fft.started, images=images)
     parts = _Parts(
         encoder,
         _training_records(corners, encoder, records, listener),

@@ -15,7 +15,7 @@ from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import Recipe
 from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.masking.target_groups import largest_kind
-from mftctl.masking.targets import Target, find_targets, layer_groups, parse_layers
+from mftctl.masking.targets import Target, find_targets, layer_groups, masked_layer_indices, parse_layers
 from mftctl.workflows.planning.batches import Batches, batches_of
 from mftctl.workflows.planning.evaluation_memory import (
     BENCHMARK_ANSWER_TOKENS,
@@ -132,7 +132,8 @@ class CommandMemory:
             return sorted({layer for group in groups for layer in group}) if recipe.probe.fast else max(groups, key=len)
         if self.layers is not None:
             return list(self.layers)
-        return parse_layers(recipe.mask_train.layers or "all", self.layer_count)
+        options = recipe.mask_train
+        return masked_layer_indices(options.layers or "all", self.layer_count, options.target)
 
     def fits(self, recipe: Recipe, free_bytes: int) -> bool:
         """True if the command fits, with room to spare."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from mftctl.data.batching import any_images
 from mftctl.data.encoding import Encoded
 from mftctl.errors import DeviceMemoryError, ModelError
 from mftctl.experiments.mask_train_options import MaskTrainOptions
@@ -59,6 +60,9 @@ class RoomOnGpu:
         if not device.is_gpu or device.free_bytes is None or spreads_parameters():
             return
         self._free_bytes = device.free_bytes
+        if any_images(inputs.train):
+            self._listener.note(f"Memory of this {self._command} was not estimated: the estimate covers no images")
+            return
         try:
             self._memory = self._planned(inputs, device, inputs.validation if validation is None else validation)
             self._estimate = self._memory.estimate(self._recipe)

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.template_choice import choose_template
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.record_encoding import template_choice
+from mftctl.experiments.record_encoding import image_inputs, template_choice
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, learned_positions
 from mftctl.masking.checkpoints.load import model_tokenizer
 from mftctl.masking.checkpoints.locate import is_adapter, local_folder, resolve_checkpoint
 from mftctl.masking.checkpoints.meta_models import build_skeleton, read_config
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
+from mftctl.masking.towers import projector_modules
 from mftctl.workflows.planning.problem_list import ProblemList, describe
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -58,6 +60,8 @@ class CheckedModel:
         layer_count: Number of decoder layers.
         projections: All attention and MLP projections, without data.
         check: Result of the checkpoint check.
+        images: The image side of a vision-language model; None for other models, and for one that is not on this
+            machine.
     """
 
     name: str
@@ -67,6 +71,7 @@ class CheckedModel:
     layer_count: int
     projections: list[MaskTarget]
     check: CheckpointCheck
+    images: ImageInputs | None = None
 
     def summary(self) -> ModelSummary:
         """Returns the properties to show."""
@@ -106,7 +111,9 @@ def check_model(recipe: Recipe, problems: ProblemList) -> CheckedModel | None:
             check = CheckpointCheck((), learned_positions(model))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         layer_count = len(decoder_layers(model)[1])
-        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, find_targets(model), check)
+        images = None if tokenizer is None else image_inputs(local_folder(name), tokenizer)
+        targets = find_targets(model, target="all" if projector_modules(model) else "both")
+        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, targets, check, images)
     return checked
 
 

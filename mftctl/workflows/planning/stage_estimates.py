@@ -20,7 +20,7 @@ from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.target_groups import largest_kind
-from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
+from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, masked_layer_indices, parse_layers
 from mftctl.text import counted
 from mftctl.training.schedule import records_per_step, total_steps
 from mftctl.workflows.planning.batches import Batches, assumed_batches, largest_batches
@@ -219,7 +219,8 @@ class StageEstimates:
         count = model.layer_count
         probe = job if job.command == "probe" else job.layers_from
         if probe is None:
-            return [parse_layers(job.recipe.mask_train.layers or "all", count)]
+            options = job.recipe.mask_train
+            return [masked_layer_indices(options.layers or "all", count, options.target)]
         wanted = parse_layers(probe.recipe.probe.layers or "all", count)
         if probe.recipe.probe.unit != "layer":
             return [wanted]
@@ -302,7 +303,7 @@ def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[Ma
     return [
         target
         for target in targets
-        if options.target in (target.part, "both")
+        if (options.target in (target.part, "all") or (options.target == "both" and target.part != "projector"))
         and (options.masked_projections is None or target.projection in options.masked_projections)
     ]
 

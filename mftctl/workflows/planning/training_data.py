@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.data.decoding import decode_behind
 from mftctl.data.encoding import Encoded, EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import IGNORED_LABEL, RecordKind
+from mftctl.data.image_inputs import ImageInputs
 from mftctl.data.overlap import question_keys, shared
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.prepared.load import load_examples, other_kind
@@ -85,10 +86,14 @@ class DataCheck:
     Args:
         tokenizer: The model's tokenizer with the recipe's chat template; None skips tokenisation.
         problems: Receives problems with files and records.
+        images: The image side of a vision-language model; None for other models.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, problems: ProblemList) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, problems: ProblemList, images: ImageInputs | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._images = images
         self._problems = problems
         self._parts: dict[str, Parts] = {}
         self._tokens: dict[tuple[str, int], Tokens | None] = {}
@@ -180,7 +185,8 @@ class DataCheck:
     def _encoder(self, recipe: Recipe) -> Encoder | None:
         if self._tokenizer is None:
             return None
-        return self._encoders.setdefault(recipe.learn, Encoder(self._tokenizer, learn=recipe.learn))
+        encoder = Encoder(self._tokenizer, learn=recipe.learn, images=self._images)
+        return self._encoders.setdefault(recipe.learn, encoder)
 
     def _tokenize(self, recipe: Recipe, max_length_tokens: int) -> Tokens | None:
         encoder, parts = self._encoder(recipe), self.parts(recipe)

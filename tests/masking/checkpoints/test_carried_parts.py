@@ -45,18 +45,19 @@ def trained(source: Path, folder: Path, tokenizer: Any, **options: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_vision_tower_is_carried_over(tmp_path: Path, tokenizer: Any) -> None:
+def test_head_that_is_left_out_is_carried_over(tmp_path: Path, tokenizer: Any) -> None:
     source = build_composite(tmp_path / "m", tokenizer)
     (source / "preprocessor_config.json").write_text('{"size": 3}')
     before, after = read(source), read(trained(source, tmp_path / "t", tokenizer))
     assert after.keys() == before.keys()
     for name, tensor in before.items():
-        wanted = tensor if "visual" in name else tensor + 0.25
+        wanted = tensor if "mtp" in name else tensor + 0.25
         assert torch.equal(after[name], wanted), name
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "t")
     assert isinstance(whole, Qwen3_5ForConditionalGeneration)
     again = load_model(tmp_path / "t", dtype=torch.float32)
-    assert torch.equal(again.get_parameter("model.norm.weight"), before["model.language_model.norm.weight"] + 0.25)
+    wanted = before["model.language_model.norm.weight"] + 0.25
+    assert torch.equal(again.get_parameter("model.language_model.norm.weight"), wanted)
     assert json.loads((tmp_path / "t" / "preprocessor_config.json").read_text()) == {"size": 3}
 
 
@@ -70,7 +71,7 @@ def test_sharded_model_gets_a_shard_of_other_parts(
     written = trained(source, tmp_path / "t", tokenizer)
     before, after = read(source), read(written)
     assert after.keys() == before.keys()
-    assert torch.equal(after["model.visual.pos_embed.weight"], before["model.visual.pos_embed.weight"])
+    assert torch.equal(after["mtp.fc.weight"], before["mtp.fc.weight"])
     assert load_model(written, dtype=torch.float32).dtype == torch.float32
 
 
@@ -82,12 +83,12 @@ def test_configuration_of_the_whole_names_the_dtype_written(tmp_path: Path, toke
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
 
 
-def test_quantised_vision_tower_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_quantised_head_that_is_left_out_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = build_composite(tmp_path / "m", tokenizer)
     narrow = with_weights(
         source,
         tmp_path / "narrow",
-        lambda weights: {k: v.to(torch.float8_e4m3fn) if "visual" in k else v for k, v in weights.items()},
+        lambda weights: {k: v.to(torch.float8_e4m3fn) if "mtp" in k else v for k, v in weights.items()},
     )
     with pytest.raises(ModelError, match="cannot be carried over") as caught:
         parts_left_out(narrow, load_model(source, dtype=torch.float32))
