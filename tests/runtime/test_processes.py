@@ -310,7 +310,7 @@ def test_sharded_parameters_give_the_result_of_one_process(
         (*FEW, *data(workspace)),
         # The same records per step in different forward passes, with the loss in chunks of about 20 answer tokens.
         ("CHUNK_LOGITS=2000", *FULL, *data(workspace, half), "--batch-tokens", 60),
-        ("mask-train", *SOFT, *data(workspace), *TRAINING),
+        *([("mask-train", *SOFT, *data(workspace), *TRAINING)] if recipe == "fsdp2" else []),
     )
     code, output, errors = run(
         tmp_path, *forked_commands.python, *accelerate(recipe), *forked_commands.module, *commands
@@ -318,8 +318,9 @@ def test_sharded_parameters_give_the_result_of_one_process(
     assert code == 0, errors
     for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
         assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
-    with open_delta(tmp_path / "soft.bits") as found, open_delta(one / "soft.bits") as expected:
-        assert found.contents.tensors == expected.contents.tensors
+    if recipe == "fsdp2":
+        with open_delta(tmp_path / "soft.bits") as together, open_delta(one / "soft.bits") as alone_bits:
+            assert together.contents.tensors == alone_bits.contents.tensors
     assert json.loads(output[output.index("{") : output.rindex("}") + 1])["steps"] == 12
     mine, expected = list_runs(tmp_path / "runs")[0][0], list_runs(one / "runs")[0][0]
     assert mine.record.processes == 2

@@ -129,7 +129,7 @@ def test_a_score_is_what_an_evaluation_of_the_mask_measures(
         run_id="probe",
     )
     save_mask(
-        build_mask(kept["2"].keep, find_targets(model, [2]), model, workspace / "tiny", metadata), tmp_path / "m.bits"
+        build_mask(kept["2"].mask, find_targets(model, [2]), model, workspace / "tiny", metadata), tmp_path / "m.bits"
     )
     recipe = make_recipe(workspace, test_data=[], eval={"tasks": [TASK], "task_data": {TASK: choices}})
     source = ModelSource(str(workspace / "tiny"), mask=str(tmp_path / "m.bits"))
