@@ -456,9 +456,9 @@ def test_progress_counts_the_bytes_of_the_base(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
     """Allocations of numpy and Python; payloads wait in a file until the document is written."""
     peaks = {}
-    for count in (4, 16):
+    for count in (4, 64):
         (tmp_path / str(count)).mkdir()
-        before = {f"layers.{number}.w": torch.full((256, 1024), 0.5) for number in range(count)}
+        before = {f"layers.{number}.w": torch.full((128, 1024), 0.5) for number in range(count)}
         base, tuned = write_pair(tmp_path / str(count), before, moved(before))
         tracemalloc.start()
         make(base, tuned, tmp_path / f"{count}.delta")
@@ -466,5 +466,5 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None
             apply_delta_to_checkpoint(base, delta, tmp_path / f"out{count}", base_model="b")
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[16] < peaks[4] * 1.3
-    assert peaks[16] > CHUNK_BYTES
+    assert peaks[64] < peaks[4] * 1.8  # two tensors are in memory at once, or one, as the threads happen to run
+    assert peaks[64] > CHUNK_BYTES
