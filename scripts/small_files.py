@@ -220,6 +220,8 @@ def draw(points: list[Point], path: Path) -> None:
             )
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel="bytes, % of the checkpoint", title=title)
+        axes.set_xticks((2, 5, 10, 20, 50), ("2", "5", "10", "20", "50"))
+        axes.set_xticks((), minor=True)
         axes.set_ylim(*((0.2, 1.1) if key == "gains" else (-0.1, 1.6)))
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
