@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -227,14 +227,15 @@ def _started(launch: Launch, order: Order, logs: Path, listener: Listener) -> It
     try:
         for rank in range(launch.processes):
             with _log(logs, rank).open("wb") as log:
-                team.processes.append(_start({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, order, log))
+                team.processes.append(_start({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log))
+                _give(order, team.processes[-1])
         yield team
     finally:
         team.end()
 
 
-def _start(environment: Mapping[str, str], order: Order, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
+def _start(environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         [sys.executable, "-P", "-c", _PROGRAM, str(_HOME)],
         env=environment,
         stdin=subprocess.PIPE,
@@ -243,9 +244,13 @@ def _start(environment: Mapping[str, str], order: Order, log: IO[bytes]) -> subp
         bufsize=0,
         start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
     )
+
+
+def _give(order: Order, process: subprocess.Popen[bytes]) -> None:
+    """Sends a process its order; one that has ended already is noticed by the watch, like any other."""
     if process.stdin is not None:
-        process.stdin.write(order.line())
-    return process
+        with suppress(BrokenPipeError):
+            process.stdin.write(order.line())
 
 
 def _pipe(process: subprocess.Popen[bytes]) -> IO[bytes]:

@@ -6,12 +6,13 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -30,7 +31,7 @@ from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Progress
-from mftctl.workflows.multi_process import process_count
+from mftctl.workflows.multi_process import launcher, process_count
 from mftctl.workflows.multi_process.dispatch import launch_of
 from mftctl.workflows.multi_process.messages import Hearing, Speaker
 from mftctl.workflows.multi_process.process_count import Launch, Shard, require_devices, settle_launch
@@ -144,6 +145,25 @@ def test_a_lost_process_ends_the_others(mftctl: CommandLine, workspace: Path, tm
     (run,) = list_runs(tmp_path / "runs")[0]
     assert (run.record.status, run.record.processes) == ("interrupted", 2)
     assert (run.folder / "logs" / "process-2.txt").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_before_its_order_ends_the_others(
+    mftctl: CommandLine, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_and_wait(environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        process = start(environment, log)
+        process.wait()
+        return process
+
+    start = launcher._start
+    monkeypatch.setattr(launcher, "_start", start_and_wait)
+    monkeypatch.setattr(launcher, "_PROGRAM", "raise SystemExit(3)")
+    data = ("-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
+    outcome = mftctl("mask-train", "-m", workspace / "tiny", *data, "--layers", "1", *TOGETHER)
+    assert outcome.code == 1
+    assert "A process ended before its work was done" in outcome.stderr
+    assert "process 1 of 2: exit code 3" in outcome.stderr
 
 
 CHECKPOINT = Path("checkpoints") / "checkpoint-4" / "trainer_state.json"
