@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.forked_commands.commands import ForkedCommands
 
 # First calls import their dependencies and machines are shared, so a time limit per example would be flaky.
-settings.register_profile("mftctl", deadline=None)
+settings.register_profile("mftctl", deadline=None, max_examples=50)
 settings.load_profile("mftctl")
 
 CHAT_TEMPLATE = (
