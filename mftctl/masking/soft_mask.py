@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import numpy as np
 import torch
 
 from mftctl.errors import MaskingError
@@ -134,8 +135,11 @@ class SoftRule:
         return scores.sub(0.5).div_(self.temperature).add_(0.5).clamp_(0.0, self.limit)
 
     def stored(self, scores: torch.Tensor) -> Packed:
-        """The codes of the multipliers, one byte per weight, flat."""
-        return self.codes(scores).cpu().contiguous().numpy().reshape(-1)
+        """The codes of the multipliers, one byte per weight, flat; read-only, and without memory if all are 1."""
+        codes = self.codes(scores).cpu().contiguous().numpy().reshape(-1)
+        if self.keeps_all(codes, len(codes)):
+            return np.broadcast_to(codes[:1].copy(), codes.shape)
+        return codes
 
     def mask(self, stored: Packed, shape: torch.Size) -> torch.Tensor:
         """The codes as a uint8 tensor of the weight's shape."""

@@ -94,8 +94,8 @@ def keep_soft_mask(
                     shutil.copyfile(path, temporary)
             except OutputError as error:
                 output, refused = None, str(error)
-    weights = sum(own.numel() for own in codes.values())
-    removed = sum(int((own == 0).sum()) for own in codes.values())
+    counts = torch.stack([torch.bincount(own.flatten(), minlength=256) for own in codes.values()]).sum(0)
+    weights, removed = int(counts.sum()), int(counts[0])
     return KeptMask(
         mask=str(path.resolve()),
         output=output,
@@ -105,23 +105,19 @@ def keep_soft_mask(
         removed=removed,
         ratio=removed / weights,
         # Only the first process writes the file, and only its result is recorded.
-        soft=_soft_summary(codes, limit, path.stat().st_size if is_first() else 0),
+        soft=_soft_summary(counts, limit, path.stat().st_size if is_first() else 0),
     )
 
 
-def _soft_summary(codes: Mapping[str, torch.Tensor], limit: MaxMultiplier, file_bytes: int) -> SoftMask:
-    changed, total, distance, weights = 0, 0.0, 0.0, 0
-    for own in codes.values():
-        multipliers = own.double() / IDENTITY_CODES[limit]
-        changed += int((own != IDENTITY_CODES[limit]).sum())
-        total += float(multipliers.sum())
-        distance += float((multipliers - 1).abs().sum())
-        weights += own.numel()
+def _soft_summary(counts: torch.Tensor, limit: MaxMultiplier, file_bytes: int) -> SoftMask:
+    """The summary of a soft mask from the number of weights with each code, int64 `(256,)`."""
+    identity, weights = IDENTITY_CODES[limit], int(counts.sum())
+    codes = torch.arange(len(counts))
     return SoftMask(
         max_multiplier=limit,
-        changed=changed,
-        mean=total / weights,
-        mean_change=distance / weights,
+        changed=weights - int(counts[identity]),
+        mean=int((counts * codes).sum()) / identity / weights,
+        mean_change=int((counts * (codes - identity).abs()).sum()) / identity / weights,
         file_bytes=file_bytes,
     )
 

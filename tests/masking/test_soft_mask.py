@@ -139,7 +139,10 @@ def test_masks_are_stored_as_codes_and_read_back() -> None:
     assert stored.shape == (35,)
     assert torch.equal(layer.rule.mask(stored, layer.weight.shape), layer.mask())
     assert not layer.rule.keeps_all(stored, 35)
-    assert layer.rule.keeps_all(SoftRule(2).stored(torch.ones(5, 7)), 35)
+    start = SoftRule(2).stored(torch.ones(5, 7))
+    assert layer.rule.keeps_all(start, 35)
+    assert start.strides == (0,)  # the start takes no memory, however many weights it has
+    assert layer.rule.mask(start, layer.weight.shape).eq(127).all()
 
 
 def test_the_expected_change_of_the_loss_is_first_order() -> None:
