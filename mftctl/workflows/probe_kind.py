@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mftctl.errors import ConfigError
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.recipe import Recipe
 
 _PARTS = {"head": "attn", "neuron": "mlp"}
@@ -32,6 +33,26 @@ def check_kind(recipe: Recipe) -> None:
             actual=options.kind,
             hint="probe without --fast, which trains a delta mask for each group",
         )
+    _check_masks(options)
+    part = _PARTS.get(unit, options.target)
+    if options.target not in (part, "both"):
+        raise ConfigError(
+            f"The part of each layer to mask has no {unit}s.",
+            key="mask_train.target",
+            expected=f"{part} or both",
+            actual=options.target,
+        )
+
+
+def _check_masks(options: MaskTrainOptions) -> None:
+    if options.mask == "soft":
+        raise ConfigError(
+            "A probe compares hard masks.",
+            key="mask_train.mask",
+            expected="hard",
+            actual=options.mask,
+            hint="probe without it, then mask-train --mask soft on the layers found",
+        )
     if options.shared_budget is not None:
         raise ConfigError(
             "A probe compares masks with the same ratio in each tensor.",
@@ -47,12 +68,4 @@ def check_kind(recipe: Recipe) -> None:
             expected="attn, mlp or both",
             actual=options.target,
             hint="mask-train --target projector, without a probe",
-        )
-    part = _PARTS.get(unit, options.target)
-    if options.target not in (part, "both"):
-        raise ConfigError(
-            f"The part of each layer to mask has no {unit}s.",
-            key="mask_train.target",
-            expected=f"{part} or both",
-            actual=options.target,
         )

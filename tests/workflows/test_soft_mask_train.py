@@ -10,7 +10,7 @@ import torch
 
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.sources import DataSource
-from mftctl.errors import Interrupted
+from mftctl.errors import ConfigError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
@@ -19,6 +19,7 @@ from mftctl.masking.delta.delta import open_delta
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence
 from mftctl.workflows.mask_train import mask_train
+from mftctl.workflows.probe import probe
 from tests.conftest import build_llama, build_tokenizer
 from tests.masking.built_checkpoints import stored_tensors
 from tests.workflow_fixtures import Interrupter, encode_records, make_recipe, open_run
@@ -145,3 +146,12 @@ def test_a_training_that_changes_no_multiplier_keeps_the_model_as_it_is(workspac
     model = applied(result, workspace / "tiny", tmp_path / "model")
     before = stored_tensors(workspace / "tiny")
     assert all(torch.equal(before[name], tensor) for name, tensor in stored_tensors(model).items())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_probe_of_soft_masks_is_refused(workspace: Path, tmp_path: Path, fast: bool) -> None:
+    recipe = make_recipe(workspace, **SOFT, probe__fast=fast)
+    run, source = open_run(tmp_path, "probe", recipe)
+    with pytest.raises(ConfigError, match="A probe compares hard masks") as error:
+        probe(recipe, source, run, Silence())
+    assert error.value.key == "mask_train.mask"
