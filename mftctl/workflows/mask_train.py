@@ -356,7 +356,8 @@ def _confirmation(search: MaskSearch, found: FoundMask, confirming: Sequence[Enc
     """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
         which = "The last mask did not beat" if search.options.keeps_last else "No mask beat"
-        fewer = "a smaller ratio" if search.options.blocks is None else "fewer layers"
+        has_ratio = search.options.blocks is None and search.options.mask == "hard"
+        fewer = "a smaller ratio" if has_ratio else "fewer layers"
         search.listener.warn(
             f"{which} the unmasked model on the validation data. Use the model without a mask, "
             f"or try other layers (mftctl probe), {fewer} or more data."

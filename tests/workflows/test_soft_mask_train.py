@@ -141,7 +141,10 @@ def test_other_options_go_with_it(workspace: Path, tmp_path: Path, changes: dict
 
 @pytest.mark.slow
 def test_a_training_that_changes_no_multiplier_keeps_the_model_as_it_is(workspace: Path, tmp_path: Path) -> None:
-    _, result = learn(workspace, tmp_path, mask_train__learning_rate=1e-9)
+    recipe, listener = make_recipe(workspace, **SOFT, mask_train__learning_rate=1e-9), Interrupter(-1)
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    result = mask_train(recipe, source, run, listener).document()
+    assert "or try other layers (mftctl probe), fewer layers or more data." in listener.notes[-1]
     assert (result["best_step"], result["soft"]["changed"], result["helps"]) == (0, 0, False)
     model = applied(result, workspace / "tiny", tmp_path / "model")
     before = stored_tensors(workspace / "tiny")
