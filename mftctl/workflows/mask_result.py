@@ -1,31 +1,128 @@
-"""Writes a mask file with its metadata, and a summary for the run."""
+"""Writes the mask that a search found, hard or soft, and its result for the run."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from mftctl.errors import OutputError
-from mftctl.experiments.mask_results import KeptMask, SoftMask
+from mftctl.experiments.mask_results import Confirmation, KeptMask, MeasuredMask, SoftMask
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.presets import MaxMultiplier
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import PrefixReuse
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import mask_state
 from mftctl.files.atomic import atomic_file
+from mftctl.masking.checkpoints.build_mask import build_mask
+from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.delta.records import DeltaMetadata, NamedModel
 from mftctl.masking.delta.soft_file import write_soft_mask
 from mftctl.masking.mask import Mask, mask_permit, save_mask
 from mftctl.masking.mask_file.document import MaskMetadata
 from mftctl.masking.soft_mask import IDENTITY_CODES
 from mftctl.masking.targets import MaskTarget, format_layers
+from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.processes import is_first
-from mftctl.training.mask_search import MaskSearch
+from mftctl.training.interim_evaluation import measurements
+from mftctl.training.mask_search import FoundMask, MaskSearch
 
 KeyType = TypeVar("KeyType", int, str)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchedMask:
+    """A mask that was measured on the model.
+
+    Attributes:
+        search: The search, with the whole model.
+        found: Its result.
+        layers: The masked layers.
+        base: For a delta mask, the model before fine-tuning.
+        pairs: For a delta mask, the tensors of both models by target name.
+        flops: FLOPs per training token.
+        confirmation: Effect on records not used to choose the mask.
+        reuse: Use of the cache of hidden states.
+    """
+
+    search: MaskSearch
+    found: FoundMask
+    layers: list[int]
+    base: str | None
+    pairs: Mapping[str, TensorPair] | None
+    flops: float
+    confirmation: Confirmation | None
+    reuse: PrefixReuse
+
+
+def written_mask(
+    searched: SearchedMask, recipe: Recipe, source: ModelSource, run: Run, *, may_replace: bool
+) -> MeasuredMask:
+    """Writes a mask, hard or soft, and returns the result.
+
+    Args:
+        searched: What the search found.
+        recipe: The recipe of the run.
+        source: The fine-tuned model.
+        run: Open run, with or without an output path.
+        may_replace: Whether to replace a mask file at the output path.
+    """
+    search, found, options = searched.search, searched.found, recipe.mask_train
+    kept = (
+        keep_soft_mask(found.mask, search, recipe, source, run, may_replace=may_replace)
+        if options.writes_multipliers
+        else keep_mask(mask_of(searched, recipe, source, run), run, may_replace=may_replace)
+    )
+    return MeasuredMask(
+        **kept.document(),
+        state=mask_state(options),
+        model=source.model,
+        base=searched.base,
+        layers=format_layers(searched.layers),
+        layer_ratios=layer_ratios(found.mask, search.targets),
+        tensor_ratios={one.weight_name: search.ratios[one.name] for one in search.targets} if search.ratios else None,
+        projection_ratios=projection_ratios(found.mask, search.targets) if search.ratios else None,
+        unmasked_loss=found.unmasked_loss,
+        start_loss=found.start_loss,
+        best_loss=found.best_loss,
+        best_step=found.best_step,
+        kept_average=found.kept_average,
+        unmasked_score=found.unmasked_score,
+        best_score=found.best_score,
+        steps=found.steps,
+        tokens=found.tokens,
+        learning_rate=found.learning_rate,
+        helps=found.helps,
+        flips=found.flips,
+        kept=options.keep if options.method == "learned" else None,
+        start_std=search.start.std if (options.method, options.start) == ("learned", "normal") else None,
+        flops_per_token=searched.flops,
+        confirmation=searched.confirmation,
+        prefix_reuse=searched.reuse,
+        evaluations=measurements(run.training),
+        peak_memory_bytes=peak_memory_bytes(),
+        retained=found.retained,
+        rewards=found.rewards,
+    )
+
+
+def mask_of(searched: SearchedMask, recipe: Recipe, source: ModelSource, run: Run) -> Mask:
+    """The hard mask that a search found, with its metadata.
+
+    Args:
+        searched: What the search found.
+        recipe: The recipe of the run.
+        source: The fine-tuned model.
+        run: The run.
+    """
+    search, metadata = searched.search, mask_metadata(recipe, source, run, searched.layers, searched.base)
+    checkpoint = search.inputs.checkpoint
+    return build_mask(searched.found.mask, search.targets, search.model, checkpoint, metadata, searched.pairs)
 
 
 def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from transformers import PreTrainedModel
@@ -11,26 +11,23 @@ from transformers import PreTrainedModel
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
 from mftctl.evaluation.losses import mean_loss
-from mftctl.experiments.mask_results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
+from mftctl.experiments.mask_results import Confirmation, DroppedMask, MaskTrainResult
 from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.model_source import ModelSource, known_base
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import PrefixReuse
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
 from mftctl.masking.checkpoints.apply_in_memory import target_names
-from mftctl.masking.checkpoints.build_mask import build_mask
 from mftctl.masking.checkpoints.delta_mask import drop_mask
 from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.load import load_to_share
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.outlines import StoredWeights
-from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.delta.soft_file import stored_dtypes
 from mftctl.masking.mask import Mask
-from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, masked_layer_indices
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, masked_layer_indices
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, find_device, frozen_dtype
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
@@ -39,7 +36,7 @@ from mftctl.training.flops import flops_per_token
 from mftctl.training.held_out import compare, confirm, split_validation_records, validation_losses
 from mftctl.training.image_support import first_reusing_layer, require_images_for_projector
 from mftctl.training.inputs import TrainingInputs
-from mftctl.training.interim_evaluation import interim_evaluation, measurements
+from mftctl.training.interim_evaluation import interim_evaluation
 from mftctl.training.learn_mask import find_mask
 from mftctl.training.mask_search import (
     FoundMask,
@@ -60,7 +57,7 @@ from mftctl.training.reference import Reference, require_whole_reference, turn_o
 from mftctl.training.retention import make_retention
 from mftctl.training.step_scores import StepScores, step_scores
 from mftctl.workflows.budget import ratios_in_budget
-from mftctl.workflows.mask_result import keep_mask, keep_soft_mask, layer_ratios, mask_metadata, projection_ratios
+from mftctl.workflows.mask_result import SearchedMask, keep_mask, mask_of, written_mask
 from mftctl.workflows.model_before import model_before, model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
@@ -107,7 +104,7 @@ def mask_train(
         listener.warn("The model before fine-tuning (mask_train.base) has no effect on a mask of kind weight.")
     with training_on_device("mask-train", recipe, options, run, listener) as room:
         searched = _search(recipe, source, run, listener, room, resume=resume)
-        return _written(searched, recipe, source, run, may_replace=may_replace)
+        return written_mask(searched, recipe, source, run, may_replace=may_replace)
 
 
 def learn_delta_mask(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) -> Mask:
@@ -123,37 +120,12 @@ def learn_delta_mask(recipe: Recipe, source: ModelSource, run: Run, listener: Li
         MftError: As for `mask_train`.
     """
     with training_on_device("mask-train", recipe, recipe.mask_train, run, listener) as room:
-        return _mask(_search(recipe, source, run, listener, room, resume=False), recipe, source, run)
-
-
-@dataclass(frozen=True, slots=True)
-class _Searched:
-    """A mask that was measured on the model.
-
-    Attributes:
-        search: The search, with the whole model.
-        found: Its result.
-        layers: The masked layers.
-        base: For a delta mask, the model before fine-tuning.
-        pairs: For a delta mask, the tensors of both models by target name.
-        flops: FLOPs per training token.
-        confirmation: Effect on records not used to choose the mask.
-        reuse: Use of the cache of hidden states.
-    """
-
-    search: MaskSearch
-    found: FoundMask
-    layers: list[int]
-    base: str | None
-    pairs: Mapping[str, TensorPair] | None
-    flops: float
-    confirmation: Confirmation | None
-    reuse: PrefixReuse
+        return mask_of(_search(recipe, source, run, listener, room, resume=False), recipe, source, run)
 
 
 def _search(
     recipe: Recipe, source: ModelSource, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
-) -> _Searched:
+) -> SearchedMask:
     """Runs the methods that evaluate masks on the model."""
     options = recipe.mask_train
     if options.objective == "dpo":
@@ -216,7 +188,7 @@ def _search(
         search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
         reuse = prefix_reuse(states)
-    return _Searched(search, found, layers, base, pairs, flops, confirmation, reuse)
+    return SearchedMask(search, found, layers, base, pairs, flops, confirmation, reuse)
 
 
 def _split(
@@ -232,54 +204,6 @@ def _split(
     turn_off_dropout(model, listener)
     known, parts = with_references(inputs, [deciding, confirming], Reference(model, inputs.checkpoint), listener)
     return known, parts[1]
-
-
-def _mask(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run) -> Mask:
-    """The mask with its metadata."""
-    search, metadata = searched.search, mask_metadata(recipe, source, run, searched.layers, searched.base)
-    checkpoint = search.inputs.checkpoint
-    return build_mask(searched.found.mask, search.targets, search.model, checkpoint, metadata, searched.pairs)
-
-
-def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run, *, may_replace: bool) -> MeasuredMask:
-    """Writes the mask and returns the result."""
-    search, found, options = searched.search, searched.found, recipe.mask_train
-    kept = (
-        keep_soft_mask(found.mask, search, recipe, source, run, may_replace=may_replace)
-        if options.writes_multipliers
-        else keep_mask(_mask(searched, recipe, source, run), run, may_replace=may_replace)
-    )
-    return MeasuredMask(
-        **kept.document(),
-        state=mask_state(options),
-        model=source.model,
-        base=searched.base,
-        layers=format_layers(searched.layers),
-        layer_ratios=layer_ratios(found.mask, search.targets),
-        tensor_ratios={one.weight_name: search.ratios[one.name] for one in search.targets} if search.ratios else None,
-        projection_ratios=projection_ratios(found.mask, search.targets) if search.ratios else None,
-        unmasked_loss=found.unmasked_loss,
-        start_loss=found.start_loss,
-        best_loss=found.best_loss,
-        best_step=found.best_step,
-        kept_average=found.kept_average,
-        unmasked_score=found.unmasked_score,
-        best_score=found.best_score,
-        steps=found.steps,
-        tokens=found.tokens,
-        learning_rate=found.learning_rate,
-        helps=found.helps,
-        flips=found.flips,
-        kept=options.keep if options.method == "learned" else None,
-        start_std=search.start.std if (options.method, options.start) == ("learned", "normal") else None,
-        flops_per_token=searched.flops,
-        confirmation=searched.confirmation,
-        prefix_reuse=searched.reuse,
-        evaluations=measurements(run.training),
-        peak_memory_bytes=peak_memory_bytes(),
-        retained=found.retained,
-        rewards=found.rewards,
-    )
 
 
 def _ratios(
