@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -182,6 +184,15 @@ def forked_commands() -> Iterator[ForkedCommands]:
 
     with running_server() as commands:
         yield commands
+
+
+@pytest.fixture
+def forked_workers(tmp_path: Path, forked_commands: ForkedCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes are forked with their imports done, instead of started with the Python program given them."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\nexec {shlex.join(forked_commands.python)} tests.forked_commands.worker\n")
+    path.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 import nbformat
@@ -20,9 +19,6 @@ FEW = {
     "val_data": "quickstart/validation=8",
     "eval.limit": 4,
 }
-REAL = "probe"
-"""A command that the notebook starts by itself, with all its imports; the others are forked."""
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -34,12 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory, forked_commands: ForkedCommands) -> Path:
-    """An executable for the notebook's `python -m mftctl`, which forks most of its commands."""
+    """An executable for the notebook's `python -m mftctl`, which forks the commands with their imports done."""
     path = tmp_path_factory.mktemp("python") / "python"
     forked = shlex.join(forked_commands.mftctl)
-    real = shlex.join([sys.executable, "-m", "mftctl"])
-    choice = f'case "$1" in {REAL}) exec {real} "$@";; *) exec {forked} "$@";; esac'
-    path.write_text(f"#!/bin/sh\nshift 2\n{choice}\n")
+    path.write_text(f'#!/bin/sh\nshift 2\nexec {forked} "$@"\n')
     path.chmod(0o700)
     return path
 

@@ -65,7 +65,7 @@ def here(
 
 @pytest.mark.slow
 def test_whole_workflow_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) -> None:
-    training = ("--max-steps", 3, "--batch-size", 1, "--val-steps", 3)
+    training = ("--max-steps", 2, "--batch-size", 1, "--val-steps", 2)
     problems = real_data / "gsm8k" / "test.jsonl"
     data = ("-d", "train.jsonl", "--val-data", "val.jsonl")
     fft = here("fft", "-m", smollm2, *data, *training, "--lr", "1e-4", "--json")
@@ -73,8 +73,7 @@ def test_whole_workflow_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Pa
     tuned = json.loads(fft.stdout)
     assert tuned["best_loss"] < tuned["start_loss"] < 2.5
 
-    rounds = ("--max-steps", 4, "--val-steps", 2, "--batch-size", 1)  # a search round, then a trial round
-    mask = here("mask-train", *rounds, "--layers", "12-13", "--ratio", 0.1, "--json")
+    mask = here("mask-train", *training, "--layers", "12-13", "--ratio", 0.1, "--json")
     assert mask.code == 0, mask.stderr
     learned = json.loads(mask.stdout)
     assert learned["unmasked_loss"] == pytest.approx(tuned["best_loss"], abs=1e-4)

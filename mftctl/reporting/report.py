@@ -20,6 +20,7 @@ from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
 from mftctl.reporting.figures.curves import curve_figures
 from mftctl.reporting.figures.frontier import frontier_figures
+from mftctl.reporting.figures.heads_and_neurons import structure_figures
 from mftctl.reporting.figures.probe import probe_figures
 from mftctl.reporting.figures.removal import removal_figures
 from mftctl.reporting.figures.style import Figure
@@ -149,6 +150,7 @@ def _figures(tables: Sequence[MetricTable], runs: Sequence[Run], listener: Liste
     makers = (
         partial(curve_figures, runs),
         partial(probe_figures, runs),
+        partial(structure_figures, runs),
         partial(frontier_figures, tables, runs),
         partial(sweep_figures, tables, runs),
         partial(removal_figures, runs),

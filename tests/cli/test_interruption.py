@@ -15,7 +15,7 @@ from mftctl.masking.mask import load_mask
 from tests.forked_commands.commands import ForkedCommands
 from tests.workflow_fixtures import write_additions
 
-OPTIONS = ["--layers", "0-3", "--batch-size", "1", "--val-steps", "20", "--max-steps", "60"]
+OPTIONS = ["--layers", "0-3", "--batch-size", "1", "--val-steps", "15", "--max-steps", "30"]
 
 
 def mask_train(mftctl: list[str], folder: Path, *arguments: str) -> subprocess.Popen[str]:

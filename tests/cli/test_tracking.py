@@ -245,6 +245,7 @@ def test_the_real_trackers_change_nothing_and_are_imported_only_when_wanted(work
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs pip install 'mftctl[tensorboard]'")
+@pytest.mark.usefixtures("forked_workers")
 def test_only_the_first_of_several_processes_tracks(mftctl: CommandLine, workspace: Path) -> None:
     options = ["fft", *on_the_workspace(workspace), *SHORT, "--processes", "2"]
     outcome = mftctl(*options, "--track", "tensorboard")

@@ -36,6 +36,7 @@ from tests.conftest import build_llama, build_tokenizer
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.masking.architectures import build
 from tests.masking.built_checkpoints import write_tuned
+from tests.vision_models import write_image_records
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run, write_additions
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
@@ -122,6 +123,7 @@ MASKS = {
     "default": HELPFUL,
     "paper": {"mask_train__layers": "1", "mask_train__grad_accum_steps": 2},
     "threshold": {"mask_train__threshold": -0.035, "mask_train__layers": "all"},
+    "ratio auto": {"mask_train__ratio": "auto", "mask_train__layers": "all"},
     "low memory": {**HELPFUL, "mask_train__low_memory": True},
     "bf16, checkpointing": {**HELPFUL, "mask_train__precision": "bf16", "mask_train__gradient_checkpointing": True},
     "delta": {**HELPFUL, "mask_train__kind": "delta"},
@@ -313,3 +315,18 @@ def test_other_architectures(workspace: Path, tmp_path: Path, name: str) -> None
     changes = {**HELPFUL, "model": str(tmp_path / name)}
     on_gpu, on_cpu = both("mask-train", workspace, tmp_path, **changes)
     assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "family"), [("fft", "llava"), ("mask-train", "qwen2_vl"), ("probe", "llava")])
+def test_images(vision_checkpoints: dict[str, Path], tmp_path: Path, command: str, family: str) -> None:
+    data = [str(write_image_records(tmp_path, [1, 0, 2, 1, 0, 1, 1, 2]))]
+    projector = {"mask_train__target": "all", "mask_train__threshold": 0.0} if command == "mask-train" else {}
+    changes = {"model": str(vision_checkpoints[family]), "data": data, "val_data": data, "probe__groups": [1]}
+    runs = both(command, tmp_path, tmp_path, **{**HELPFUL, **changes, **projector})
+    if command == "probe":
+        found = [{group["layers"]: group["change"] for group in run.record.result["groups"]} for run in runs]
+        assert found[0] == pytest.approx(found[1], abs=1e-5)
+    else:
+        assert losses(runs[0])
+        assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)

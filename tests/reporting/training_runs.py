@@ -137,6 +137,42 @@ def write_probe(
     return folder.name
 
 
+def write_structure_probe(
+    root: Path, number: int, unit: str, changes: Mapping[int, Sequence[float]], *, seed: int = 0
+) -> Path:
+    """Writes a new `probe --fast --unit head|neuron` run with these predicted changes by layer; returns its folder."""
+    folder = root / f"{number:03d}-probe"
+    folder.mkdir(parents=True)
+    rows = [(layer, index, change) for layer, values in changes.items() for index, change in enumerate(values)]
+    lines = ["layer,index,change", *(f"{layer},{index},{change!r}" for layer, index, change in rows)]
+    (folder / f"{unit}s.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    recipe = Recipe.model_validate({"seed": seed, "probe": {"fast": True, "unit": unit}})
+    result = {
+        "fast": True,
+        "unit": unit,
+        "file": f"{unit}s.csv",
+        "units": len(rows),
+        "change": sum(change for _, _, change in rows),
+        "best_units": 1,
+        "best_share": 0.25,
+        "layers": [
+            {"layer": layer, "units": len(values), "change": sum(values), "best": 0, "best_share": 0.0}
+            for layer, values in changes.items()
+        ],
+        "best": [],
+    }
+    record = {
+        "command": "probe",
+        "status": "finished",
+        "started": "2025-01-01T00:00:00+00:00",
+        "config": to_document(recipe),
+        "inputs": {"model": f"m{seed}", "state": "FFT", "parents": [f"{seed}-fft"], "origin": "models/base"},
+        "result": result,
+    }
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
 def layer_count(layers: str) -> int:
     """Number of layers in a selection such as `0,3,8-11`."""
     ends = [part.split("-") for part in layers.split(",")]

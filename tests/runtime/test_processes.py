@@ -51,6 +51,7 @@ SOFT = (
     "-o",
     "soft.bits",
 )
+BUDGET = ("mask-train", "--layers", "all", "--ratio", "auto", "--budget", "0.1", "-o", "budget.bits")
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
 FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--val-steps", "2")
 FEW += ("--batch-size", "4")
@@ -118,6 +119,7 @@ def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory, f
         (*FEW, *data(workspace), *accumulated),
         (*FULL, *data(workspace, half), *accumulated),
         ("mask-train", *SOFT, *data(workspace), *TRAINING, *accumulated),
+        (*BUDGET, *data(workspace), *TRAINING, *accumulated),
     )
     code, _, errors = run(folder, *forked_commands.python, *commands)
     assert code == 0, errors
@@ -151,14 +153,19 @@ def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
 
 
 @pytest.mark.slow
-def test_gmt_selects_the_same_entries(
+def test_gmt_selects_the_same_entries_and_a_budget_is_distributed_alike(
     one: Path, workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
 ) -> None:
     launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module)
-    code, _, errors = run(tmp_path, *launcher, "mftctl", *GMT, *data(workspace), *TRAINING)
+    commands = several((*GMT, *data(workspace), *TRAINING), (*BUDGET, *data(workspace), *TRAINING))
+    code, _, errors = run(tmp_path, *launcher, *commands)
     assert code == 0, errors
     found = weights(tmp_path, 1)
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights(one, 2).items())
+    together, alone = (next(folder.glob("runs/*/ratios.json")).read_text() for folder in (tmp_path, one))
+    assert together == alone
+    assert len(set(json.loads(together)["ratios"].values())) > 1
+    assert _kept(tmp_path / "budget.bits") == _kept(one / "budget.bits")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from mftctl.experiments.probe_results import ProbeResult, StructureProbe
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence
+from mftctl.reporting.figures.heads_and_neurons import structure_figures
 from mftctl.reporting.figures.probe import probe_figures
 from mftctl.workflows.probe import probe
 from mftctl.workflows.probe_kind import check_kind
@@ -106,11 +107,14 @@ def test_they_add_up_to_the_estimate_of_their_layers(
 
 
 @pytest.mark.slow
-def test_it_recommends_no_layers_and_is_not_drawn(probes: Callable[[str], tuple[Run, StructureProbe]]) -> None:
-    run, _ = probes("head")
+def test_it_recommends_no_layers_and_has_its_own_figure(probes: Callable[[str], tuple[Run, StructureProbe]]) -> None:
+    run, result = probes("head")
     with pytest.raises(RunError):
         recommendation_of(run)
     assert probe_figures([run]) == ([], [])
+    [figure], problems = structure_figures([run])
+    assert problems == []
+    assert sum(cell["change"] for cell in figure.data) == pytest.approx(result.change)
 
 
 @pytest.mark.slow

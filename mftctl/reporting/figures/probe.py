@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
@@ -18,7 +17,7 @@ from mftctl.experiments.probe_results import (
 )
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.run_inputs import Origin, Parents, StartingState, UsedModel
+from mftctl.experiments.run_inputs import Origin
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import PRE_TRAINED
 from mftctl.reporting.figures.curve_drawing import STAR
@@ -26,9 +25,12 @@ from mftctl.reporting.figures.probe_groups import (
     ProbedGroup,
     ProbedModel,
     combined_probe,
+    comparable_probes,
     is_of_kinds,
     probe_result,
+    probed_model,
     seed_of,
+    shared_settings,
     unmasked_score,
 )
 from mftctl.reporting.figures.style import (
@@ -45,14 +47,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-_NO_PART = ("prefix_cache_gb", "benchmark_every", "benchmark_limit", "layers")
-
 
 def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     """Validation loss or score by group for trained probes, and separately the predictions of `probe --fast`.
 
-    Probes of heads and neurons are not drawn. Probes of the same model with the same settings and ranking metric share
-    a figure, whatever their seeds and group sizes.
+    Probes of the same model with the same settings and ranking metric share a figure, whatever their seeds and group
+    sizes. Those of heads and neurons have their own (`heads_and_neurons`).
 
     Args:
         runs: The runs, oldest first.
@@ -62,46 +62,30 @@ def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
 
     Source: MFT, figures 3 and 7.
     """
-    together: dict[str, list[list[Run]]] = {}
-    problems = []
+    usable, problems = [], []
     for run in runs:
         if run.record.command != "probe" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             if isinstance(run.result(ProbeResult), StructureProbe):
                 continue
-            _ = _figure(combined_probe([run])), _model(run)
-            clusters = together.setdefault(_settings(run), [])
+            _ = _figure(combined_probe([run])), probed_model(run), _settings(run)
         except (RunError, KeyError, ValueError, TypeError, AttributeError) as error:
             problems.append(told(error, f"{run.folder / 'run.json'}: the result of this probe cannot be read"))
             continue
-        for cluster in clusters:
-            if all(seed_of(other) != seed_of(run) or _model(other) == _model(run) for other in cluster):
-                cluster.append(run)
-                break
-        else:
-            clusters.append([run])
-    probes = [combined_probe(cluster) for clusters in together.values() for cluster in clusters]
+        usable.append(run)
+    probes = [combined_probe(group) for group in comparable_probes(usable, _settings)]
     drawn = [probe for probe in probes if sum(map(len, probe.sizes.values())) > 1]
     return with_own_names(_figure(probe) for probe in sorted(drawn, key=lambda probe: probe.is_fast)), problems
 
 
-def _model(run: Run) -> tuple[str, ...]:
-    return (UsedModel.read(run.record.inputs).model, *Parents.read(run.record.inputs).parents)
-
-
 def _settings(run: Run) -> str:
     """The settings that all probes in one figure share."""
-    record = run.record
-    training = {key: value for key, value in record.config["mask_train"].items() if key not in _NO_PART}
-    probing = {key: record.config["probe"].get(key) for key in ("data_fraction", "epochs")}
-    origin, state = Origin.read(record.inputs).origin, StartingState.read(record.inputs).state
-    inputs = [origin, state, record.config.get("data")]
     result = probe_result(run)
     score = unmasked_score(result)
     kinds = ["projection"] if is_of_kinds(result) else []
     by = [] if score is None or not isinstance(result, TrainedProbe) else [result.by, score.metric, score.samples]
-    return json.dumps([inputs, probing, training, isinstance(result, FastProbe), *by, *kinds], sort_keys=True)
+    return shared_settings(run, isinstance(result, FastProbe), *by, *kinds)
 
 
 def _figure(probe: ProbedModel) -> Figure:

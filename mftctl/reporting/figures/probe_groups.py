@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -20,7 +21,9 @@ from mftctl.experiments.probe_results import (
 )
 from mftctl.experiments.results import Score
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.run_inputs import StartingState
+from mftctl.experiments.run_inputs import Origin, Parents, StartingState, UsedModel
+
+_NO_PART = ("prefix_cache_gb", "benchmark_every", "benchmark_limit", "layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,44 @@ class ProbedModel:
     def unmasked_state(self) -> str:
         """State of the model that the masks are applied to."""
         return StartingState.read(self.runs[0].record.inputs).state
+
+
+def comparable_probes(runs: Sequence[Run], settings: Callable[[Run], str]) -> list[list[Run]]:
+    """Groups probes with the same settings, in which each seed has one model.
+
+    Args:
+        runs: Probe runs, oldest first.
+        settings: Returns what the probes of a group share.
+    """
+    found: dict[str, list[list[Run]]] = {}
+    for run in runs:
+        groups = found.setdefault(settings(run), [])
+        for group in groups:
+            if all(seed_of(other) != seed_of(run) or probed_model(other) == probed_model(run) for other in group):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return [group for groups in found.values() for group in groups]
+
+
+def shared_settings(run: Run, *more: object) -> str:
+    """Returns the origin, data and settings that all probes in one figure share, as JSON.
+
+    Args:
+        run: A probe run.
+        more: Further values that they share.
+    """
+    config = run.record.config
+    training = {key: value for key, value in config["mask_train"].items() if key not in _NO_PART}
+    probing = {key: config["probe"].get(key) for key in ("data_fraction", "epochs")}
+    origin, state = Origin.read(run.record.inputs).origin, StartingState.read(run.record.inputs).state
+    return json.dumps([[origin, state, config.get("data")], probing, training, *more], sort_keys=True)
+
+
+def probed_model(run: Run) -> tuple[str, ...]:
+    """Returns the model that a probe used, and the runs that made it."""
+    return (UsedModel.read(run.record.inputs).model, *Parents.read(run.record.inputs).parents)
 
 
 def seed_of(run: Run) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -244,26 +245,40 @@ def test_full_disk_keeps_the_old_file(suffix: str, tmp_path: Path, monkeypatch: 
     assert (list(tmp_path.iterdir()), file.read_bytes()) == ([file], b"old")
 
 
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from mftctl.errors import MaskFileError
+from mftctl.masking.mask import load_mask
+from mftctl.workflows.mask_exchange.exchange import export_mask
+mask = load_mask("mask.bits")
+for suffix, limit_bytes in json.loads(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    try:
+        export_mask(mask, Path("masks" + suffix))
+    except MaskFileError as error:
+        told = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    print(json.dumps([told, sorted(path.name for path in Path().iterdir())]))
+    del told
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("limit_bytes", [0, 100, 400])
-def test_a_failed_write_reports_the_system_error(suffix: str, limit_bytes: int, tmp_path: Path) -> None:
+def test_a_failed_write_reports_the_system_error(tmp_path: Path) -> None:
     """In a separate process with a file-size limit, which takes the same path through torch as a full disk."""
     save_mask(small_mask(), tmp_path / "mask.bits")
-    file = tmp_path / f"masks{suffix}"
-    code = (
-        "import resource; from pathlib import Path; from mftctl.masking.mask import load_mask;"
-        "from mftctl.workflows.mask_exchange.exchange import export_mask; mask = load_mask('mask.bits');"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes},) * 2);"
-        f"export_mask(mask, Path({file.name!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    last = done.stderr[done.stderr.rindex("MaskFileError") :]
-    assert "The exported mask cannot be written" in last
-    assert "got: File too large" in last
-    assert "inline_container" not in last
-    assert [path.name for path in tmp_path.iterdir()] == ["mask.bits"]
+    cases = [(suffix, limit_bytes) for suffix in SUFFIXES for limit_bytes in (0, 100, 400)]
+    command = [sys.executable, "-c", FULL, json.dumps(cases)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(cases)
+    for told, files in found:
+        assert "The exported mask cannot be written" in told
+        assert "got: File too large" in told
+        assert "inline_container" not in told
+        assert files == ["mask.bits"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

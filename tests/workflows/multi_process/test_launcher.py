@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +36,6 @@ from mftctl.workflows.multi_process.process_count import Launch, Shard, require_
 from mftctl.workflows.run import plan_experiment
 from tests.cli.running import CommandLine
 from tests.evaluation.benchmarks.test_measure import FUNCTIONS, write
-from tests.forked_commands.commands import ForkedCommands
 from tests.workflow_fixtures import make_recipe, write_additions
 
 TOGETHER = ("--processes", "2")
@@ -81,15 +78,6 @@ def test_an_evaluation_equals_that_of_one_process(mftctl: CommandLine, workspace
     one, two = list_runs(tmp_path / "runs")[0]
     assert (one.record.processes, two.record.processes, two.record.status) == (1, 2, "finished")
     assert not (two.folder / "logs").exists()
-
-
-@pytest.fixture
-def forked_workers(tmp_path: Path, forked_commands: ForkedCommands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes are forked with their imports done, instead of started with the Python program given them."""
-    path = tmp_path / "python"
-    path.write_text(f"#!/bin/sh\nexec {shlex.join(forked_commands.python)} tests.forked_commands.worker\n")
-    path.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(path))
 
 
 @pytest.mark.slow
