@@ -3,7 +3,7 @@
     python scripts/shape_pictures.py OUTPUT
 
 Writes `pretraining.jsonl` (names of shapes), `train.jsonl`, `validation.jsonl`, `test.jsonl` (descriptions), their
-pictures and `untrained/`, a LLaVA of 0.9 M parameters, for the experiment of `recipes/vision/shapes.yaml`. The same on
+pictures and `untrained/`, a LLaVA of 0.8 M parameters, for the experiment of `recipes/vision/shapes.yaml`. The same on
 every machine.
 """
 
@@ -102,9 +102,7 @@ def description(shapes: list[Shape]) -> tuple[str, str]:
     return "Describe the picture.", ", ".join(f"a {shape.text} {PLACES[shape.place]}" for shape in reversed(shapes))
 
 
-def write_records(
-    output: Path, name: str, count: int, ask: Callable[[list[Shape]], tuple[str, str]]
-) -> list[str]:
+def write_records(output: Path, name: str, count: int, ask: Callable[[list[Shape]], tuple[str, str]]) -> list[str]:
     """Writes a file of records and its pictures; returns all texts."""
     rng = random.Random(name)
     folder = output / "images" / name

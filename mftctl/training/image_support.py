@@ -15,25 +15,26 @@ from mftctl.progress import Listener
 from mftctl.runtime.processes import spreads_parameters, world_size
 
 
-def require_reached_parameters(records: Sequence[Encoded], *, trains_language_model_only: bool) -> None:
-    """Checks that each process of a training with images reaches all that is trained, also in batches without images.
+def require_whole_weights(records: Sequence[Encoded]) -> None:
+    """Checks that processes that share a training with images do not share its parameters as well.
+
+    With DeepSpeed and FSDP, all processes must reach the same modules at the same time. A batch of text does not reach
+    the vision tower.
 
     Args:
         records: Training records.
-        trains_language_model_only: Whether nothing of the vision tower and the projector is trained.
 
     Raises:
-        ConfigError: There are several processes, and they share parameters or also train other parts.
+        ConfigError: They share the parameters or the state of the optimizer.
     """
-    if not any_images(records) or world_size() == 1 or (trains_language_model_only and not spreads_parameters()):
-        return
-    raise ConfigError(
-        "This training with images runs in one process.",
-        key="data",
-        expected="one process; or mask-train --target attn, mlp or both under DDP; or data without images",
-        actual=f"{world_size()} processes",
-        hint="--processes 1, or start the command without accelerate",
-    )
+    if any_images(records) and world_size() > 1 and spreads_parameters():
+        raise ConfigError(
+            "Training with images runs in one process, or under DDP.",
+            key="data",
+            expected="--shard ddp, one process, or data without images",
+            actual=f"{world_size()} processes under DeepSpeed or FSDP",
+            hint="--shard ddp; with too little memory for it, --low-memory or --method lora",
+        )
 
 
 def require_text(records: Sequence[Encoded], what: str, key: str) -> None:

@@ -34,7 +34,7 @@ from mftctl.experiments.run_inputs import Digests, RunInputs, TemplateRecord, Tr
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.progress import Listener, Silence
-from mftctl.training.image_support import require_reached_parameters, require_text
+from mftctl.training.image_support import require_text, require_whole_weights
 from mftctl.training.retained_data import RetainedData, prepare_retained
 
 
@@ -132,7 +132,6 @@ def prepare_training(
     learn_from: LearnFrom = "all",
     retain_weight: float | None = None,
     kind: RecordKind = "answers",
-    trains_language_model_only: bool = False,
     now: datetime | None = None,
     listener: Listener | None = None,
 ) -> TrainingInputs:
@@ -148,7 +147,6 @@ def prepare_training(
         learn_from: How to treat those records; see `records_to_learn_from`.
         retain_weight: Weight of the divergence on the recipe's retained data; None if the command does not use it.
         kind: Kind of the training and validation records.
-        trains_language_model_only: Whether nothing of a vision tower and a projector is trained.
         now: The current time as seen by a chat template; by default the clock's.
         listener: Receives notes and warnings about the records.
 
@@ -178,7 +176,7 @@ def prepare_training(
         count, trains = len(validation.records), retain_weight > 0
         retained = prepare_retained(recipe, encoder, max_length_tokens, known, count, trains=trains, listener=listener)
         require_text(retained.measured, RETAINED_DATA, "--retain")
-    require_reached_parameters(train.records, trains_language_model_only=trains_language_model_only)
+    require_whole_weights(train.records)
     if recipe.retain_data and retain_weight is not None:
         require_text(train.records, "Training data beside data to retain", "--retain")
     used = (train.records, validation.records, *([retained.measured, retained.trained] if retained else []))

@@ -26,7 +26,14 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from mftctl.data.batching import REFERENCE, LengthGroupedSampler, PaddingCollator, ProcessRecords, pad_token_id
+from mftctl.data.batching import (
+    REFERENCE,
+    LengthGroupedSampler,
+    PaddingCollator,
+    ProcessRecords,
+    any_images,
+    pad_token_id,
+)
 from mftctl.data.encoding import Encoded
 from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import Interrupted, LostProcessError, StorageError
@@ -116,7 +123,6 @@ def training_arguments(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
         dataloader_pin_memory=best_device().type == "cuda",
         seed=seed,
         ddp_timeout=timeout_seconds(),
@@ -182,6 +188,8 @@ class SftTrainer(RetainingTrainer):
         self.listener = listener
         self.start_loss: float | None = None
         self._padding = pad_token_id(tokenizer)
+        # A batch of text does not reach the vision tower, and DDP would wait for its gradients.
+        args.ddp_find_unused_parameters = any_images(train)
         self.sampler = LengthGroupedSampler(token_lengths(train), args.per_device_train_batch_size, args.seed)
         super().__init__(
             model=model,

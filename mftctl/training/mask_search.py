@@ -229,7 +229,6 @@ def prepare_mask_training(
         learn_from=options.learn_from,
         retain_weight=retain_weight,
         kind=options.record_kind,
-        trains_language_model_only=options.target in ("attn", "mlp", "both"),
         now=run.started,
         listener=listener,
     )

@@ -215,16 +215,29 @@ def test_processes_share_preferences(workspace: Path, tmp_path: Path, forked_com
 def test_processes_share_records_with_images(
     vision_checkpoints: dict[str, Path], tmp_path: Path, forked_commands: ForkedCommands
 ) -> None:
-    """Also in a step in which one process has no image."""
+    """Also in a step in which one process has no image, and in one in which neither has."""
     write_image_records(tmp_path, [1, 0, 0, 2, 0, 1, 0, 0, 1])
     data = ("-m", vision_checkpoints["qwen2_vl"], "-d", "train.jsonl", "--val-data", "train.jsonl")
-    steps = ("--global-batch-size", 4, "--batch-size", 2, "--max-steps", 4, "--val-steps", 2, "--lr", "0.02")
+    steps = ("--global-batch-size", 4, "--batch-size", 2, "--max-steps", 4, "--val-steps", 2)
     launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module)
-    for mask, start_of_command in (("1.bits", forked_commands.mftctl), ("2.bits", (*launcher, "mftctl"))):
-        code, _, errors = run(tmp_path, *start_of_command, "mask-train", *data, *steps, "--threshold", 0.02, "-o", mask)
+    for number, start_of_command in enumerate((forked_commands.python, launcher), start=1):
+        mask = ("mask-train", *data, *steps, "--lr", "0.02", "--threshold", 0.02)
+        commands = several(
+            (*mask, "-o", f"{number}.bits"),
+            (*mask, "--target", "all", "-o", f"{number}-all.bits"),
+            ("fft", *data, *steps, "--lr", "1e-3", "-o", str(number)),
+        )
+        code, _, errors = run(tmp_path, *start_of_command, *commands)
         assert code == 0, errors
-    assert load_mask(tmp_path / "1.bits").removed > 0
-    assert _kept(tmp_path / "1.bits") == _kept(tmp_path / "2.bits")
+    for name in ("", "-all"):
+        assert load_mask(tmp_path / f"1{name}.bits").removed > 0
+        assert _kept(tmp_path / f"1{name}.bits") == _kept(tmp_path / f"2{name}.bits")
+    assert set(load_mask(tmp_path / "1-all.bits").names()) > set(load_mask(tmp_path / "1.bits").names())
+    alone, together = (load_file(tmp_path / str(number) / "model.safetensors") for number in (1, 2))
+    before = load_file(vision_checkpoints["qwen2_vl"] / "model.safetensors")
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-5)
+    assert any(not torch.equal(weight, before[name]) for name, weight in alone.items() if "visual" in name)
 
 
 def _kept(path: Path) -> dict[str, list[list[bool]]]:

@@ -348,17 +348,19 @@ def _refused(root: Path, recipe: Recipe, command: str = "mask-train") -> ConfigE
     return caught.value
 
 
-def test_several_processes_are_refused(
-    vision_checkpoints: dict[str, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["fft", "mask-train"])
+def test_processes_that_share_parameters_are_refused(
+    vision_checkpoints: dict[str, Path],
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     monkeypatch.setattr("mftctl.training.image_support.world_size", lambda: 2)
-    for command, target in (("fft", "both"), ("mask-train", "all")):
-        recipe = recipe_of(vision_checkpoints["llava"], questions, mask_train__target=target)
-        error = _refused(tmp_path, recipe, command)
-        assert (error.message, error.actual) == ("This training with images runs in one process.", "2 processes")
     monkeypatch.setattr("mftctl.training.image_support.spreads_parameters", lambda: True)
-    recipe = recipe_of(vision_checkpoints["llava"], questions, mask_train__target="both")
-    assert _refused(tmp_path, recipe).message == "This training with images runs in one process."
+    error = _refused(tmp_path, recipe_of(vision_checkpoints["llava"], questions), command)
+    assert error.message == "Training with images runs in one process, or under DDP."
+    assert error.actual == "2 processes under DeepSpeed or FSDP"
 
 
 @pytest.mark.parametrize("part", ["data", "retain_data"])

@@ -47,7 +47,7 @@ class RoomOnGpu:
     def require(self, inputs: TrainingInputs, validation: Sequence[Encoded] | None = None) -> None:
         """Checks that training may fit in free GPU memory; passes on a CPU and with sharded parameters.
 
-        To be called before weights are loaded.
+        To be called before weights are loaded. The tokens of images count, but not the work of the vision tower.
 
         Args:
             inputs: The inputs of training.
@@ -60,9 +60,6 @@ class RoomOnGpu:
         if not device.is_gpu or device.free_bytes is None or spreads_parameters():
             return
         self._free_bytes = device.free_bytes
-        if any_images(inputs.train):
-            self._listener.note(f"Memory of this {self._command} was not estimated: the estimate covers no images")
-            return
         try:
             self._memory = self._planned(inputs, device, inputs.validation if validation is None else validation)
             self._estimate = self._memory.estimate(self._recipe)
@@ -79,9 +76,11 @@ class RoomOnGpu:
                 actual=_gb(self._free_bytes),
                 hint=f"{self._advice(self._free_bytes)}; --no-check-memory to run anyway",
             )
-        if verdict is not Verdict.FITS:
+        has_images = any_images(inputs.train)
+        if verdict is not Verdict.FITS or has_images:
+            without = " without the vision tower's work on images" if has_images else ""
             self._listener.note(
-                f"Memory: {_gb(needed)} estimated, {_gb(self._free_bytes)} free on the GPU. "
+                f"Memory: {_gb(needed)} estimated{without}, {_gb(self._free_bytes)} free on the GPU. "
                 "If it runs out, the error will show options that fit."
             )
 
