@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from mftctl.experiments.measured_lines import Sample
 from mftctl.experiments.run_contents import sample_lines, told
 from mftctl.experiments.run_folder import Run
 from mftctl.files.json_files import json_lines
-from mftctl.reporting.evaluation_runs import Measurement
+from mftctl.reporting.evaluation_runs import Maker, Measurement
 from mftctl.reporting.paired_change import LOWER_IS_BETTER
-from mftctl.reporting.state_tables import baseline_of, baseline_pairs, measured, newest
+from mftctl.reporting.state_tables import baseline_of, baseline_pairs, makers_of, measured, newest, state_label
 
 SHOWN_ANSWERS = 50
 """Problems won, and problems lost, that the page shows for a pair of evaluations; the file has all."""
@@ -46,8 +46,8 @@ class AnswerChanges:
     Attributes:
         dataset: Name of the data.
         metric: The score of 0 or 1 that decides.
-        baseline: The state compared with.
-        state: The state.
+        baseline: The state compared with, as it is called in the tables.
+        state: The state, as it is called in the tables.
         seed: Seed of the evaluation of the state.
         samples: Number of problems.
         won: Problems that only the state solves.
@@ -93,6 +93,7 @@ def answer_changes(runs: Sequence[Run]) -> tuple[list[AnswerChanges], list[str]]
         The changes in the order of the runs, and one line per evaluation that cannot be read.
     """
     groups, _ = measured(runs)
+    makers = makers_of(groups)
     found: list[AnswerChanges] = []
     problems: list[str] = []
     done: set[tuple[str, str]] = set()
@@ -100,7 +101,7 @@ def answer_changes(runs: Sequence[Run]) -> tuple[list[AnswerChanges], list[str]]
         if metric in LOWER_IS_BETTER or (origin, data) in done:
             continue
         try:
-            changes = list(_of_group(newest(group)))
+            changes = list(_of_group(newest(group), makers[origin]))
         except RunError as error:
             problems.append(told(error, group[0].dataset.name))
             continue
@@ -110,12 +111,12 @@ def answer_changes(runs: Sequence[Run]) -> tuple[list[AnswerChanges], list[str]]
     return found, problems
 
 
-def _of_group(group: Sequence[Measurement]) -> Iterator[AnswerChanges]:
+def _of_group(group: Sequence[Measurement], makers: Mapping[str, Sequence[Maker]]) -> Iterator[AnswerChanges]:
     """The changes of all states, for one model, dataset and metric; none unless answers are right or wrong."""
     baseline = baseline_of(group)
     states = [item for item in group if item.state != baseline]
     read: dict[Path, dict[str, Sample]] = {}  # the baseline's samples are compared with those of every state
-    for before, after in baseline_pairs(states, group, baseline):
+    for before, after in _of_one_seed(baseline_pairs(states, group, baseline)):
         rows = [_samples(item, read) for item in (before, after)]
         metric = after.metric.name
         if rows[0].keys() != rows[1].keys() or not _are_right_or_wrong([*rows[0].values(), *rows[1].values()], metric):
@@ -131,14 +132,20 @@ def _of_group(group: Sequence[Measurement]) -> Iterator[AnswerChanges]:
         yield AnswerChanges(
             dataset=after.dataset.name,
             metric=metric,
-            baseline=before.state,
-            state=after.state,
+            baseline=state_label(before.state, before.maker, makers[before.state]),
+            state=state_label(after.state, after.maker, makers[after.state]),
             seed=after.seed,
             samples=len(rows[0]),
             won=tuple(won),
             lost=tuple(lost),
             runs=(before.run.name, after.run.name),
         )
+
+
+def _of_one_seed(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[tuple[Measurement, Measurement]]:
+    """The pairs without those of a pre-trained model with baselines of other seeds, if there is one of its own."""
+    paired = {after.run.name for before, after in pairs if before.seed == after.seed}
+    return [pair for pair in pairs if pair[0].seed == pair[1].seed or pair[1].run.name not in paired]
 
 
 def _samples(item: Measurement, read: dict[Path, dict[str, Sample]]) -> dict[str, Sample]:

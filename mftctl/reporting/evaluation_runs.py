@@ -17,6 +17,9 @@ from mftctl.experiments.run_inputs import Lineage, Parents, RunInputs, UsedModel
 from mftctl.experiments.state_names import FFT, PRE_TRAINED
 from mftctl.reporting.paired_change import Samples, read_samples
 
+Maker = tuple[str, str]
+"""Recipe and stage that made a state, or nothing and its run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -63,7 +66,7 @@ class Measurement:
         return json.dumps(self.run.record.config.get("data", []))
 
     @property
-    def maker(self) -> tuple[str, str]:
+    def maker(self) -> Maker:
         """Distinguishes states of the same name: recipe and stage, or else the run that made the state."""
         makers = [name for name in self.lineage.parents if not name.endswith("-apply")]
         record = next((run.record for run in self.made_by if makers and run.name == makers[-1]), self.run.record)

@@ -14,7 +14,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import FFT, PRE_TRAINED, State, known_state, place_of
 from mftctl.progress import Listener, Progress
-from mftctl.reporting.evaluation_runs import Measurement, belong_together, measurements_of
+from mftctl.reporting.evaluation_runs import Maker, Measurement, belong_together, measurements_of
 from mftctl.reporting.paired_change import Change, paired_change
 from mftctl.reporting.strongest_control import AgainstControl, against_strongest, is_control
 
@@ -108,11 +108,7 @@ def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricT
         The tables, and one line per run that cannot be used.
     """
     groups, problems = measured(runs)
-    makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for (origin, _, _), group in groups.items():
-        for item in group:
-            found = makers.setdefault((origin, item.state), [])
-            found += [item.maker] * (item.maker not in found)
+    makers = makers_of(groups)
     total = sum(map(len, groups.values()))
     done = 0
 
@@ -123,12 +119,25 @@ def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricT
 
     tables = []
     for (origin, _, metric), group in sorted(groups.items(), key=lambda item: _is_retained(item[1][0])):
-        own = {state: found for (model, state), found in makers.items() if model == origin}
-        table, unpaired = _table(origin, metric, newest(group), own, advance)
+        table, unpaired = _table(origin, metric, newest(group), makers[origin], advance)
         tables.append(table)
         problems += unpaired
     advance(total - done)
     return _with_corrected_p_values(tables), problems
+
+
+def makers_of(groups: Mapping[tuple[str, str, str], Sequence[Measurement]]) -> dict[str, dict[str, list[Maker]]]:
+    """What made each state, by origin and state, for `state_label`.
+
+    Args:
+        groups: The measurements by model, dataset and metric.
+    """
+    makers: dict[str, dict[str, list[Maker]]] = {}
+    for (origin, _, _), group in groups.items():
+        for item in group:
+            found = makers.setdefault(origin, {}).setdefault(item.state, [])
+            found += [item.maker] * (item.maker not in found)
+    return makers
 
 
 def measured(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Measurement]], list[str]]:
@@ -183,7 +192,7 @@ def _table(
     origin: str,
     metric: str,
     measurements: Sequence[Measurement],
-    makers: Mapping[str, Sequence[tuple[str, str]]],
+    makers: Mapping[str, Sequence[Maker]],
     advance: Callable[[int], None],
 ) -> tuple[MetricTable, list[str]]:
     """The table of one metric, and one line per state that cannot be paired with its baseline."""
@@ -244,7 +253,7 @@ def may_be_baseline(item: Measurement) -> bool:
     return not item.run.record.chose_its_model
 
 
-def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
+def state_label(state: str, maker: Maker, makers: Sequence[Maker]) -> str:
     """The state, with its recipe and stage if needed to distinguish it from others of the same state."""
     recipe, stage = maker
     if len(makers) == 1:

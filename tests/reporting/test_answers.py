@@ -20,9 +20,20 @@ FFT = ["001-fft"]
 MFT = [*FFT, "003-mask-train"]
 
 
-def evaluation(root: Path, number: int, state: str, parents: list[str], right: list[bool], **fields: Any) -> Path:
+def evaluation(
+    root: Path,
+    number: int,
+    state: str,
+    parents: list[str],
+    right: list[bool],
+    *,
+    stage: str | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> Path:
     """An evaluation whose answers name the state, with the problems that it solves."""
-    folder = write_evaluation(root, number, state, parents, [(1.0, 2, float(one)) for one in right])
+    samples = [(1.0, 2, float(one)) for one in right]
+    folder = write_evaluation(root, number, state, parents, samples, stage=stage, seed=seed)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     for index, row in enumerate(rows):
         row |= {
@@ -52,6 +63,30 @@ def test_won_and_lost(tmp_path: Path) -> None:
     assert found.runs == ("002-eval", "004-eval")
     lines = [json.loads(line) for line in found.lines().splitlines()]
     assert [line["change"] for line in lines] == ["won", "lost"]
+
+
+def test_states_are_called_as_in_the_tables(tmp_path: Path) -> None:
+    evaluation(tmp_path, 2, "FFT", FFT, [True, False])
+    evaluation(tmp_path, 4, "MFT", MFT, [True, True], stage="all")
+    evaluation(tmp_path, 6, "MFT", [*FFT, "005-mask-train"], [False, True], stage="low")
+    assert [(found.state, len(found.won), len(found.lost)) for found in changes(tmp_path)] == [
+        ("MFT (all)", 1, 0),
+        ("MFT (low)", 1, 1),
+    ]
+
+
+def test_a_pre_trained_model_is_compared_with_the_baseline_of_its_seed(tmp_path: Path) -> None:
+    for seed in range(2):
+        evaluation(tmp_path, 10 * seed, "pre-trained", [], [False, False], seed=seed)
+        evaluation(tmp_path, 10 * seed + 2, "FFT", [f"{10 * seed + 1:03d}-fft"], [True, seed == 1], seed=seed)
+    assert [(found.seed, len(found.lost)) for found in changes(tmp_path)] == [(0, 1), (1, 2)]
+
+
+def test_a_pre_trained_model_of_another_seed_is_compared_with_all(tmp_path: Path) -> None:
+    evaluation(tmp_path, 1, "pre-trained", [], [False, False], seed=5)
+    evaluation(tmp_path, 3, "FFT", ["002-fft"], [True, False], seed=0)
+    evaluation(tmp_path, 5, "FFT", ["004-fft"], [True, True], seed=1)
+    assert [(found.seed, len(found.lost)) for found in changes(tmp_path)] == [(5, 1), (5, 2)]
 
 
 def test_answers_that_were_not_generated(tmp_path: Path) -> None:

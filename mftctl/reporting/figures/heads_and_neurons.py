@@ -212,4 +212,4 @@ def _draw(found: UnitMap, canvas: Canvas) -> None:
     axes.tick_params(length=0)
     bar = canvas.colorbar(mesh, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
-    bar.set_label(f"predicted change in loss per {found.unit}")
+    bar.set_label(f"predicted change per {found.unit}")
