@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from mftctl.masking.mask import load_mask
-from mftctl.progress import Silence
-from mftctl.workflows.mask_train import mask_train
-from tests.workflow_fixtures import make_recipe, open_run
+from mftctl.data.encoding import encode_all
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.sources import DataSource
+from mftctl.evaluation.losses import sample_losses
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.record_encoding import load_encoder
+from mftctl.masking.checkpoints.load import load_model
+from mftctl.masking.targets import find_targets
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -61,18 +68,15 @@ def test_descriptions_name_the_shapes_from_the_last_to_the_first(pictures: Modul
 
 
 @pytest.mark.slow
-def test_a_mask_is_learned_from_them(pictures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_takes_them_and_can_be_masked(
+    pictures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = built(pictures, tmp_path, monkeypatch)
-    recipe = make_recipe(
-        folder,
-        model=str(folder / "untrained"),
-        val_data=[str(folder / "validation.jsonl")],
-        mask_train__layers="all",
-        mask_train__target="all",
-        mask_train__max_steps=1,
-    )
-    run, source = open_run(folder / "runs", "mask-train", recipe)
-    mask_train(recipe, source, run, Silence())
-    masked = load_mask(run.folder / "mask.bits").names()
-    assert len(masked) == 4 * 7 + 2
-    assert not any("vision" in name for name in masked)
+    encoder = load_encoder(folder / "untrained", Recipe())
+    records = encode_all(list(load_examples([DataSource(str(folder / "train.jsonl"))])), encoder, 128, RecordIssues())
+    assert len(records.records) == 4
+    model = load_model(folder / "untrained", dtype=torch.float32)
+    assert all(math.isfinite(one.nll) for one in sample_losses(model, records.records, pad_token_id=0))
+    targets = find_targets(model, range(4), "all")
+    assert len(targets) == 4 * 7 + 2
+    assert not any("vision" in target.name for target in targets)

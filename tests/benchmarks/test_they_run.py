@@ -96,11 +96,10 @@ def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mask_memory(tmp_path: Path) -> None:
-    ways = {"default": {}, "low memory": {"low_memory": True}}
+    ways = {"low memory": {"low_memory": True}}
     found = mask_memory.compare(tmp_path, ways, hidden_size=256, layers=8, repetitions=1)
-    usual, low = (float(text.split(",")[0]) for text in found.values())
-    assert 20 < usual < 40
-    assert 8 < low < usual - 8
+    [low] = (float(text.split(",")[0]) for text in found.values())
+    assert 8 < low < 14
 
 
 def test_listing_speed(tmp_path: Path) -> None:
