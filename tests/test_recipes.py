@@ -22,7 +22,7 @@ from mftctl.experiments.recipe_yaml import read_yaml
 from mftctl.training.schedule import records_per_step
 
 NAMES = built_in_names()
-FOUNDATIONS = ("quickstart", "smollm2/gsm8k")
+FOUNDATIONS = ("quickstart", "smollm2/gsm8k", "vision/shapes")
 FILES = sorted(path for path in BUILT_IN_FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")
 
 BACKBONES = {
@@ -191,7 +191,8 @@ def test_methods_that_select_have_a_ratio_and_layers(name: str) -> None:
         if task.command == "mask-train":
             by_default = mask.preset == "default" or mask.method in ("random", "magnitude")
             assert by_default or {"ratio", "threshold"} & mask.model_fields_set
-            assert mask.method == "drop" or mask.layers is not None or task.layers_from is not None
+            has_layers = mask.layers is not None or task.layers_from is not None
+            assert has_layers or mask.method == "drop" or mask.target == "projector"
 
 
 def test_no_two_recipes_do_the_same() -> None:
