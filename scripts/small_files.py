@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +26,7 @@ from mftctl.api import evaluate
 from mftctl.data.retained import RETAINED
 from mftctl.experiments.combined_results import KeptDelta
 from mftctl.experiments.recipe_files import parse_recipe, with_changes
-from mftctl.experiments.results import EvalResult, MadeModel
+from mftctl.experiments.results import EvalResult, FftResult, MadeModel
 from mftctl.experiments.run_folder import Run, list_runs, load_run
 from mftctl.experiments.run_inputs import Parents
 from mftctl.masking.checkpoints.companions import copy_companions
@@ -34,7 +34,7 @@ from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
 from mftctl.masking.checkpoints.tensors import WEIGHTS_FILE, tensor_index
 
 BF16_BYTES = 2
-RANKED = re.compile(r"^(?P<name>[a-z-]+?)(?:\[(?:ratio|values)=(?P<value>[^\]]+)\]|(?P<number>\d+))?$")
+RANKED = re.compile(r"^(?P<name>[a-z-]+?)(?P<number>\d+)?(?:\[(?:ratio|values)=(?P<value>[^\]]+)\])?$")
 FAMILIES = {
     "largest": "largest changes, int8",
     "dare": "random, rescaled (DARE), int8",
@@ -68,7 +68,8 @@ class Point:
         variant: Its ratio, kind of values or rank.
         share: Bytes as a share of the checkpoint's.
         gains: For each seed, the share of the fine-tuning's gain on its own domain.
-        forgotten: For each seed, the share of the fine-tuning's rise of the loss on the second domain.
+        forgotten: For each seed, the share of the fine-tuning's change of the loss on the second domain.
+        forgets: Whether that change is a rise.
     """
 
     family: str
@@ -76,6 +77,7 @@ class Point:
     share: float
     gains: tuple[float, ...]
     forgotten: tuple[float, ...]
+    forgets: bool
 
 
 def losses_of(run: Run) -> Losses:
@@ -97,12 +99,14 @@ def adapter_bytes(folder: Path) -> int:
 
 
 def stored_bytes(made_by: Run) -> int:
-    """The bytes of what a run made: a delta file or an adapter."""
+    """The bytes of what a run made: a delta file or an adapter, also one merged into its model."""
     if made_by.record.command == "delta":
         return made_by.result(KeptDelta).file_bytes
     folder = Path(made_by.result(MadeModel).model)
     if is_adapter(folder):
         return adapter_bytes(folder)
+    if made_by.record.command == "fft" and made_by.record.config["fft"]["method"] == "lora":
+        return BF16_BYTES * made_by.result(FftResult).trained_parameters
     return sum(stored.length_bytes for stored in tensor_index(folder).values())
 
 
@@ -171,20 +175,22 @@ def points_of(root: Path, ranks: Iterable[int], folder: Path) -> list[Point]:
     checkpoint_bytes = sum(stored.length_bytes for stored in tensor_index(base).values())
     points = []
     for (family, variant), by_seed in found.items():
-        gains, forgotten = [], []
+        gains, forgotten, rises = [], [], []
         for seed, (_, losses) in by_seed.items():
             before, after = losses_of(evaluations[seed]["pretrained"]), losses_of(evaluations[seed]["fft"])
             gains.append((before.own - losses.own) / (before.own - after.own))
             forgotten.append((losses.second - before.second) / (after.second - before.second))
+            rises.append(after.second - before.second)
         share = fmean(size for size, _ in by_seed.values()) / checkpoint_bytes
-        points.append(Point(family, variant, share, tuple(gains), tuple(forgotten)))
+        points.append(Point(family, variant, share, tuple(gains), tuple(forgotten), fmean(rises) > 0))
     order = list(FAMILIES)
     return sorted(points, key=lambda point: (order.index(point.family), -point.share))
 
 
-def table(points: Iterable[Point]) -> str:
+def table(points: Sequence[Point]) -> str:
     """The points as a Markdown table: means over seeds, with the lowest and highest."""
-    lines = ["| stored | variant | bytes | gain kept | forgotten |", "|---|---|---:|---:|---:|"]
+    second = "forgotten" if points[0].forgets else "gain of the second domain kept"
+    lines = [f"| stored | variant | bytes | gain kept | {second} |", "|---|---|---:|---:|---:|"]
     lines += [
         f"| {FAMILIES[one.family]} | {one.variant} | {one.share:.1%} | {spread(one.gains)} | {spread(one.forgotten)} |"
         for one in points
@@ -199,9 +205,10 @@ def spread(values: tuple[float, ...]) -> str:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Two panels: share of the gain kept and share of the forgetting, both against bytes."""
+    """Two panels: share of the gain kept and of the change on the second domain, both against bytes."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for place, (title, key) in enumerate((("share of the gain kept", "gains"), ("share forgotten", "forgotten"))):
+    second = "share forgotten" if points[0].forgets else "share of the second domain's gain kept"
+    for place, (title, key) in enumerate((("share of the gain kept", "gains"), (second, "forgotten"))):
         axes = figure.add_subplot(1, 2, place + 1)
         for number, family in enumerate(FAMILIES):
             mine = sorted((one for one in points if one.family == family), key=lambda one: one.share)
@@ -220,7 +227,7 @@ def draw(points: list[Point], path: Path) -> None:
             )
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel="bytes, % of the checkpoint", title=title)
-        axes.set_xticks((2, 5, 10, 20, 50), ("2", "5", "10", "20", "50"))
+        axes.set_xticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
         axes.set_xticks((), minor=True)
         axes.set_ylim(*((0.2, 1.1) if key == "gains" else (-0.1, 1.6)))
         axes.grid(alpha=0.3)

@@ -102,30 +102,7 @@ def _fine_tune(
     options = recipe.fft
     announce_step(options, world_size(), listener)
     check_memory_options(options, best_device())
-    inputs = prepare_training(
-        recipe,
-        source.model,
-        max_length_tokens=options.max_length_tokens,
-        data_fraction=options.data_fraction,
-        adapters=True,
-        seen=None if options.learn_from == "all" else seen_records(run.folder.parent, source.parents),
-        learn_from=options.learn_from,
-        retain_weight=options.retain_weight,
-        kind=options.record_kind,
-        now=run.started,
-        listener=listener,
-    )
-    if inputs.left_out:
-        listener.note(
-            f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out}"
-        )
-    if options.objective == "dpo":
-        require_whole_reference()
-    before = RunInputs.read(run.record.inputs)
-    require_same_data(before, inputs)
-    mask = check_adapter(options, inputs.checkpoint, before)
-    support = TrainedSupport(support_sha256=None if mask is None else mask.digest)
-    run.update(inputs={**source.as_inputs(), **inputs.summary(), **support.document()})
+    inputs, mask = _prepared(recipe, source, run, listener)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs)
     if is_first():
@@ -171,6 +148,38 @@ def _fine_tune(
         retained=_retained_losses(trainer),
         rewards=kept.rewards,
     )
+
+
+def _prepared(
+    recipe: Recipe, source: ModelSource, run: Run, listener: Listener
+) -> tuple[TrainingInputs, SupportMask | None]:
+    """The training inputs, which the run records, and the mask of the weights that an adapter trains."""
+    options = recipe.fft
+    inputs = prepare_training(
+        recipe,
+        source.model,
+        max_length_tokens=options.max_length_tokens,
+        data_fraction=options.data_fraction,
+        adapters=True,
+        seen=None if options.learn_from == "all" else seen_records(run.folder.parent, source.parents),
+        learn_from=options.learn_from,
+        retain_weight=options.retain_weight,
+        kind=options.record_kind,
+        now=run.started,
+        listener=listener,
+    )
+    if inputs.left_out:
+        listener.note(
+            f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out}"
+        )
+    if options.objective == "dpo":
+        require_whole_reference()
+    before = RunInputs.read(run.record.inputs)
+    require_same_data(before, inputs)
+    mask = check_adapter(options, inputs.checkpoint, before)
+    support = TrainedSupport(support_sha256=None if mask is None else mask.digest)
+    run.update(inputs={**source.as_inputs(), **inputs.summary(), **support.document()})
+    return inputs, mask
 
 
 def _with_references(
