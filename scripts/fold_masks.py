@@ -1,7 +1,7 @@
 """Votes masks of several folds onto one model: do records that a model has not seen help to mask it?
 
-    python scripts/fold_masks.py --seed 0 --output folds
-    python scripts/fold_masks.py --seed 0 --output decayed --weight-decay 1 --learning-rate 2e-3 --mask-learning-rate 2e-3
+    python scripts/fold_masks.py --output folds
+    python scripts/fold_masks.py --output decayed --weight-decay 1 --learning-rate 2e-3 --mask-learning-rate 2e-3
 
 Fine-tunes the built-in model on all training records of the quickstart with averaged weights, and once without each
 fold. Each of these models is masked with the records of its own fold, which it has not seen. Weights that enough of
