@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mftctl.files.atomic import write_text
+from mftctl.files.regular import read_regular
 from mftctl.runtime.processes import is_first
 
 if TYPE_CHECKING:
@@ -55,6 +57,27 @@ class TrainingFolder:
         """The folder for training states."""
         return self.folder / "checkpoints"
 
+    def latest_checkpoint(self) -> Path | None:
+        """Returns the latest complete checkpoint; None if there is none.
+
+        The trainer's state is the last file of a checkpoint to be written.
+        """
+        for path in sorted(self.checkpoints.glob("checkpoint-*"), key=step_of, reverse=True):
+            try:
+                json.loads(read_regular(path / "trainer_state.json"))
+            except (OSError, ValueError):
+                continue
+            return path
+        return None
+
+    def remove_checkpoints_after(self, step: int) -> None:
+        """Removes checkpoints after `step` left by a killed process; training writes them again."""
+        if not is_first():
+            return
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if step_of(path) > step:
+                shutil.rmtree(path)
+
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
         if not is_first():
@@ -87,3 +110,8 @@ class TrainingFolder:
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         if self.observer is not None:
             self.observer.rewound(self.folder, kept, [line.document() for line in lines if line.step > step])
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -33,7 +33,7 @@ def require_whole_weights(records: Sequence[Encoded]) -> None:
             key="data",
             expected="--shard ddp, one process, or data without images",
             actual=f"{world_size()} processes under DeepSpeed or FSDP",
-            hint="--shard ddp; with too little memory for it, --low-memory or --method lora",
+            hint="--shard ddp, with --low-memory if it does not fit",
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -39,14 +38,13 @@ from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.losses import RecordLoss, mean_loss
-from mftctl.experiments.training_folder import TrainingFolder
+from mftctl.experiments.training_folder import TrainingFolder, step_of
 from mftctl.experiments.training_options import TrainingOptions
-from mftctl.files.regular import read_regular
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention
 from mftctl.runtime.peak_memory import keep_freed_memory
 from mftctl.runtime.process_group import wait_for_all
-from mftctl.runtime.processes import is_first, timeout_seconds, world_size
+from mftctl.runtime.processes import timeout_seconds, world_size
 from mftctl.runtime.stop_request import StopRequest
 from mftctl.runtime.torch_failures import gpu_failures, reason_of
 from mftctl.text import first_line
@@ -317,13 +315,11 @@ def train(
         trainer.add_callback(interim)
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
-    checkpoint = latest_checkpoint(folder.checkpoints) if resume else None
-    if is_first():
-        _remove_after(folder.checkpoints, -1 if checkpoint is None else _step(checkpoint))
-    if checkpoint is None:
-        folder.rewind(-1)
-    else:
-        folder.rewind(_step(checkpoint))
+    checkpoint = folder.latest_checkpoint() if resume else None
+    step = -1 if checkpoint is None else step_of(checkpoint)
+    folder.remove_checkpoints_after(step)
+    folder.rewind(step)
+    if checkpoint is not None:
         trainer.start_loss = next(line.eval_loss for line in folder.metrics() if line.eval_loss is not None)
         trainer.args.eval_on_start = False
     trainer.add_callback(NoStepTooMany(trainer))
@@ -364,31 +360,6 @@ def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
             actual=first_line(error),
             hint=f"look up the error of the process that failed first, then run {folder.resume_command}",
         ) from error
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The latest complete checkpoint; None if there is none.
-
-    The trainer's state is the last file of a checkpoint to be written.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            json.loads(read_regular(path / "trainer_state.json"))
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
-def _remove_after(folder: Path, step: int) -> None:
-    """Removes checkpoints after `step` left by a killed process; training writes them again."""
-    for path in folder.glob("checkpoint-*"):
-        if _step(path) > step:
-            shutil.rmtree(path)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 class _EpochOrder(TrainerCallback):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import math
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,16 @@ from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Origin, StartingState
 from mftctl.experiments.run_record import RunStatus
+from mftctl.files.regular import read_regular
 from mftctl.reporting.figures.probe_groups import comparable_probes, probed_model, seed_of, shared_settings
 from mftctl.reporting.figures.style import COLOUR_MAP, Figure, with_own_names
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure as Canvas
+    from numpy.typing import NDArray
+
+    Changes = NDArray[np.float64]
 
 _CELLS = 50  # per layer; more units than these are sorted and drawn in as many groups
 
@@ -74,7 +78,7 @@ def structure_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     Returns:
         The figures, and one line per run that cannot be used.
     """
-    usable: dict[str, Mapping[int, Sequence[float]]] = {}
+    usable: dict[str, Mapping[int, Changes]] = {}
     probed, problems = [], []
     for run in runs:
         if run.record.command != "probe" or run.record.status != RunStatus.FINISHED:
@@ -92,51 +96,65 @@ def structure_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     return with_own_names(map(_figure, maps)), problems
 
 
-def predicted_changes(run: Run) -> dict[int, list[float]]:
-    """Reads the predicted change of each head or neuron, by layer.
+def predicted_changes(run: Run) -> dict[int, Changes]:
+    """Reads the predicted change of each head or neuron, by layer, fp64.
 
     Args:
         run: A finished probe of heads or neurons.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The file is not complete, or a value is not a number.
-        KeyError: A column is missing.
+        ValueError: The file does not have a number for each of them, in their order.
     """
+    import numpy as np
+
     result = run.result(StructureProbe)
-    found: dict[int, list[float]] = {}
-    with (run.folder / result.file).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            values = found.setdefault(int(row["layer"]), [])
-            if int(row["index"]) != len(values):
-                raise ValueError(f"{result.file}: a row is missing before {result.unit} {row['index']}")
-            values.append(float(row["change"]))
-    read = [value for values in found.values() for value in values]
-    if len(read) != result.units or not all(map(math.isfinite, read)):
-        raise ValueError(f"{result.file}: expected {result.units} numbers, got {sum(map(math.isfinite, read))}")
-    return found
+    text = read_regular(run.folder / result.file).decode("utf-8")
+    try:
+        header, *rows = csv.reader(io.StringIO(text))
+        layers, indices, changes = zip(*rows, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{result.file}: not a table of layer, index and change") from error
+    units = sum(layer.units for layer in result.layers)
+    places = zip(map(int, layers), map(int, indices), strict=True)
+    if (
+        header != ["layer", "index", "change"]
+        or len(rows) != units
+        or list(places) != [(layer.layer, index) for layer in result.layers for index in range(layer.units)]
+    ):
+        raise ValueError(f"{result.file}: not one row for each of {units} {result.unit}s, in their order")
+    values = np.array(changes, dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{result.file}: a change is not a number")
+    ends = np.cumsum([layer.units for layer in result.layers])
+    return dict(zip((layer.layer for layer in result.layers), np.split(values, ends[:-1]), strict=True))
 
 
-def unit_map(runs: Sequence[Run], changes: Mapping[str, Mapping[int, Sequence[float]]]) -> UnitMap:
+def unit_map(runs: Sequence[Run], changes: Mapping[str, Mapping[int, Changes]]) -> UnitMap:
     """Combines the probes of several seeds, of which the latest of each counts.
 
     Args:
         runs: Probes with the same settings, oldest first.
         changes: The predicted changes by layer, for each name of a run.
     """
+    import numpy as np
+
     latest = tuple({seed_of(run): run for run in runs}.values())
     by_seed = [changes[run.name] for run in latest]
-    is_ranked = max(map(len, by_seed[-1].values())) > _CELLS
+    is_ranked = max(map(len, by_seed[0].values())) > _CELLS
     cells = {}
-    for layer in by_seed[-1]:
-        units = list(zip(*(seed[layer] for seed in by_seed), strict=True))
+    for layer in by_seed[0]:
+        values = np.stack([seed[layer] for seed in by_seed])  # (seeds, units)
+        count = values.shape[1]
         if is_ranked:
-            units.sort(key=fmean)
-        edges = [len(units) * place // _CELLS for place in range(_CELLS + 1)] if is_ranked else range(len(units) + 1)
+            values = values[:, values.mean(0).argsort(kind="stable")]
+        firsts = np.unique([count * place // _CELLS for place in range(_CELLS)]) if is_ranked else np.arange(count)
+        sums = np.add.reduceat(values, firsts, axis=1)
         cells[layer] = tuple(
-            Cell(layer, first, end - first, tuple(map(math.fsum, zip(*units[first:end], strict=True))))
-            for first, end in pairwise(edges)
-            if end > first
+            Cell(layer, first, units, tuple(own))
+            for first, units, own in zip(
+                firsts.tolist(), np.diff(firsts, append=count).tolist(), sums.T.tolist(), strict=True
+            )
         )
     return UnitMap(latest[0].result(StructureProbe).unit, latest, is_ranked, cells)
 

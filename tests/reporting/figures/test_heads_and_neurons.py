@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,17 @@ def test_probes_of_layers_and_unfinished_ones_are_ignored(tmp_path: Path) -> Non
     ("text", "reason"),
     [
         (None, "No such file"),
-        ("layer,index,change\n0,0,-0.1\n", "expected 6 numbers, got 1"),
-        ("layer,index,change\n0,0,-0.1\n0,2,-0.1\n", "a row is missing before head 2"),
-        ("layer,index\n0,0\n", "change"),
-        ("layer,index,change\n0,0,much\n", "much"),
-        ("layer,index,change\n" + "".join(f"0,{n},nan\n" for n in range(6)), "expected 6 numbers, got 0"),
+        ("", "not a table of layer, index and change"),
+        ("layer,index,change\n0,0,-0.1\n", "not one row for each of 6 heads"),
+        ("layer,index,change\n" + "".join(f"0,{n},0\n" for n in range(6)), "not one row for each of 6 heads"),
+        ("layer,index,change\n0,0,-0.1\n0,2\n", "not a table"),
+        ("layer,index\n0,0\n", "not a table"),
+        ("layer,index,other\n" + "".join(f"{n // 3},{n % 3},0\n" for n in range(6)), "not one row for each"),
+        ("layer,index,change\n" + "".join(f"{n // 3},{n % 3},much\n" for n in range(6)), "much"),
+        ("layer,index,change\n" + "".join(f"{n // 3},{n % 3},nan\n" for n in range(6)), "a change is not a number"),
+        ("layer,index,change\n" + "x" * 200_000, "not a table"),
     ],
-    ids=["no file", "cut", "row missing", "column missing", "text", "nan"],
+    ids=["no file", "empty", "cut", "other layers", "short row", "columns", "header", "text", "nan", "long field"],
 )
 def test_a_damaged_file_is_one_line(tmp_path: Path, text: str | None, reason: str) -> None:
     folder = write_structure_probe(tmp_path, 1, "head", HEADS)
@@ -128,6 +133,15 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, text: str | None, reason: st
     assert figures == []
     assert str(folder) in problem
     assert reason in problem
+
+
+def test_a_fifo_instead_of_the_file_does_not_block(tmp_path: Path) -> None:
+    folder = write_structure_probe(tmp_path, 1, "head", HEADS)
+    (folder / "heads.csv").unlink()
+    os.mkfifo(folder / "heads.csv")
+    figures, [problem] = structure_figures(list_runs(tmp_path)[0])
+    assert figures == []
+    assert "a FIFO instead of a file" in problem
 
 
 def test_drawing_is_deterministic(tmp_path: Path) -> None:

@@ -254,13 +254,13 @@ from mftctl.workflows.mask_exchange.exchange import export_mask
 mask = load_mask("mask.bits")
 for suffix, limit_bytes in json.loads(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    told = "no error"
     try:
         export_mask(mask, Path("masks" + suffix))
     except MaskFileError as error:
         told = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     print(json.dumps([told, sorted(path.name for path in Path().iterdir())]))
-    del told
 """
 
 
