@@ -120,7 +120,7 @@ def _mask(found: RunComparison, overlap: MaskOverlap) -> Table:
         (f"removed by {found.one}", f"{overlap.removed_one:,}"),
         (f"removed by {found.other}", f"{overlap.removed_other:,}"),
         ("removed by both", f"{overlap.removed_both:,}"),
-        ("Jaccard", f"{overlap.jaccard:.4f}; by chance {overlap.expected_jaccard:.4f}"),
+        ("Jaccard", f"{overlap.jaccard:.4f}; expected by chance {overlap.expected_jaccard:.4f}"),
     ]
     for name, only in ((found.one, overlap.only_one), (found.other, overlap.only_other)):
         if only:

@@ -98,7 +98,7 @@ def diff(first: AnyMask, second: AnyMask, as_json: opt.AsJson = False) -> None:
     }
     table = Table(title=f"{escape(str(first))} vs {escape(str(second))}", title_justify="left")
     table.add_column("tensor", overflow="fold")
-    for column in ("first", "second", "both", "Jaccard", "by chance"):
+    for column in ("first", "second", "both", "Jaccard", "expected by chance"):
         table.add_column(column, justify="right")
     for name, overlap in rows:
         table.add_row(

@@ -85,7 +85,7 @@ def test_masks_have_their_overlap_and_the_next_command(tmp_path: Path, capsys: p
     with Output() as console:
         show_comparison(console, tmp_path, "1", "2")
     captured = capsys.readouterr()
-    assert "Jaccard                    0.5000; by chance 0.0714" in captured.out
+    assert "Jaccard                    0.5000; expected by chance 0.0714" in captured.out
     assert "only in 002-mask-train     1 tensor, for example other.weight" in captured.out
     assert "Next: mftctl mask diff" in captured.err
 

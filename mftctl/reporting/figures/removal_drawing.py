@@ -170,7 +170,7 @@ def draw_overlaps(canvas: Canvas, overlaps: MaskOverlaps, done: str) -> None:
             for label, number in zip(overlaps.labels, numbers, strict=True)
         ],
     )
-    axes.set_title("above the diagonal: by chance", loc="right", fontsize=_SMALL)
+    axes.set_title("above the diagonal: expected by chance", loc="right", fontsize=_SMALL)
     axes.set_xlabel(f"below the diagonal: {done} by both / by either", loc="left", fontsize=_SMALL)
 
 
