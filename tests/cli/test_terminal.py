@@ -7,7 +7,6 @@ import pty
 import re
 import select
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,8 +38,10 @@ def type_into(command: list[str], folder: Path, question: str, answer: str) -> t
 
 
 @pytest.mark.slow
-def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mftctl", "fft", "-m", str(workspace / "tiny"), "--max-steps", "20"]
+def test_missing_data_is_asked_for_and_progress_is_live(
+    workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
+    command = [*forked_commands.mftctl, "fft", "-m", str(workspace / "tiny"), "--max-steps", "20"]
     code, shown = type_into(command, tmp_path, "Training data", str(workspace / "train.jsonl"))
     assert code == 0, shown
     assert re.search(r"training .* \d+/20 loss \d\.\d+ .* tokens/s", shown)

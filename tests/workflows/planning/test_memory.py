@@ -31,12 +31,12 @@ from tests.workflows.planning.peak_memory import Case, make_case
 _WEIGHTS = {
     "layers": 4,
     "vocab_size": 1000,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-_LOGITS = {"layers": 2, "vocab_size": 40_000, "hidden_size": 64, "intermediate_size": 128}
+_LOGITS = {"layers": 2, "vocab_size": 20_000, "hidden_size": 64, "intermediate_size": 128}
 _ACTIVATIONS = {"layers": 8, "hidden_size": 128, "intermediate_size": 512}
 _CASES = {
     "fft, weights": Case("fft", _WEIGHTS, 2, 60),
