@@ -17,7 +17,7 @@ def structure_tables(run: Run, result: StructureProbe) -> tuple[Table, Table]:
     )
     caption = f"Best 10 %: {result.best_units:,} {result.unit}s with {result.best_share:.0%} of the predicted change"
     layers = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=60)
-    for name in ("layer", f"{result.unit}s", "predicted", "in best 10 %", "share of change"):
+    for name in ("layer", f"{result.unit}s", "predicted", "in best 10 %", "their share"):
         layers.add_column(name, justify="right")
     for layer in result.layers:
         cells = (str(layer.layer), f"{layer.units:,}", f"{layer.change:+.4f}", f"{layer.best:,}")

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from mftctl.errors import TrainingError
-from mftctl.evaluation.losses import mean_loss
+from mftctl.evaluation.losses import RecordLoss, mean_loss
 from mftctl.experiments.mask_results import Flips
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.results import RetainedLosses
@@ -59,14 +59,7 @@ def _train(search: MaskSearch) -> FoundMask:
         keep_no_products(model)
     trainer = _trainer(search)
     if search.weights is None:
-        start = trainer.start_masks = trainer.stored_masks()
-        removes_none = all(
-            module.rule.keeps_all(start[name], module.scores.numel()) for name, module in masked_layers(model)
-        )
-        trainer.known_start_loss = search.unmasked_loss if removes_none else None
-        trainer.known_start_score = search.unmasked_score
-        trainer.known_start_rewards = search.unmasked_rewards
-        trainer.unmasked_retained_loss = search.unmasked_retained_loss
+        _start_from_the_unmasked_model(trainer, search)
     with stop_on_signal(search.listener) as stop:
         train(
             trainer,
@@ -80,17 +73,13 @@ def _train(search: MaskSearch) -> FoundMask:
     best_step = trainer.state.best_global_step if options.keep == "best" else trainer.state.global_step
     if start_loss is None or kept is None or best_step is None:
         raise TrainingError("The training ended without a validation.", path=search.folder.folder)
-    start = trainer.start_masks
     unmasked_loss = mean_loss(trainer.unmasked_losses) if search.unmasked_loss is None else search.unmasked_loss
     confirming = None
     if search.confirming and kept.loss < unmasked_loss:
-        if best_step == 0:  # the model holds the last state
-            for name in trainer.masked():
-                trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
-        confirming = trainer.losses(search.confirming, masked=False), trainer.losses(search.confirming, masked=True)
+        confirming = _confirming_losses(trainer, search, best_step)
     flipped = trainer.flipped_since_start()
     modules = dict(masked_layers(model))
-    stored = start if best_step == 0 else trainer.stored_masks()
+    stored = trainer.start_masks if best_step == 0 else trainer.stored_masks()
     masks = {name: modules[name].rule.mask(one, whole_shape(modules[name].scores)) for name, one in stored.items()}
     return FoundMask(
         {name: codes != 0 for name, codes in masks.items()} if options.harden else masks,
@@ -109,6 +98,28 @@ def _train(search: MaskSearch) -> FoundMask:
         _retained_losses(search, trainer.unmasked_retained_loss, kept.retained_loss),
         kept.rewards,
     )
+
+
+def _start_from_the_unmasked_model(trainer: ScoreTrainer, search: MaskSearch) -> None:
+    """Gives the trainer what is already known of the state before the first step."""
+    start = trainer.start_masks = trainer.stored_masks()
+    removes_none = all(
+        module.rule.keeps_all(start[name], module.scores.numel()) for name, module in masked_layers(search.model)
+    )
+    trainer.known_start_loss = search.unmasked_loss if removes_none else None
+    trainer.known_start_score = search.unmasked_score
+    trainer.known_start_rewards = search.unmasked_rewards
+    trainer.unmasked_retained_loss = search.unmasked_retained_loss
+
+
+def _confirming_losses(
+    trainer: ScoreTrainer, search: MaskSearch, best_step: int
+) -> tuple[Sequence[RecordLoss], Sequence[RecordLoss]]:
+    """The losses of the confirmation records without and with the best mask."""
+    if best_step == 0:  # the model holds the last state
+        for name in trainer.masked():
+            trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
+    return trainer.losses(search.confirming, masked=False), trainer.losses(search.confirming, masked=True)
 
 
 def _retained_losses(search: MaskSearch, unmasked: float | None, kept: float | None) -> RetainedLosses | None:

@@ -315,13 +315,7 @@ def train(
         trainer.add_callback(interim)
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
-    checkpoint = folder.latest_checkpoint() if resume else None
-    step = -1 if checkpoint is None else step_of(checkpoint)
-    folder.remove_checkpoints_after(step)
-    folder.rewind(step)
-    if checkpoint is not None:
-        trainer.start_loss = next(line.eval_loss for line in folder.metrics() if line.eval_loss is not None)
-        trainer.args.eval_on_start = False
+    checkpoint = _rewind(trainer, folder, resume=resume)
     trainer.add_callback(NoStepTooMany(trainer))
     wait_for_all()
     require_deterministic_attention(trainer.accelerator.unwrap_model(trainer.model))
@@ -340,6 +334,22 @@ def train(
             path=folder.folder,
             hint=folder.resume_command,
         )
+
+
+def _rewind(trainer: SftTrainer, folder: TrainingFolder, *, resume: bool) -> Path | None:
+    """Takes trainer and folder back to the latest checkpoint, which is returned; to the start if there is none."""
+    checkpoint = folder.latest_checkpoint() if resume else None
+    step = -1 if checkpoint is None else step_of(checkpoint)
+    if checkpoint is not None:
+        trainer.listener.note(f"Resuming after step {step} of {trainer.args.max_steps}")
+    elif resume and folder.metrics():
+        trainer.listener.note("Nothing was saved before the run ended: training restarts at step 1")
+    folder.remove_checkpoints_after(step)
+    folder.rewind(step)
+    if checkpoint is not None:
+        trainer.start_loss = next(line.eval_loss for line in folder.metrics() if line.eval_loss is not None)
+        trainer.args.eval_on_start = False
+    return checkpoint
 
 
 @contextmanager

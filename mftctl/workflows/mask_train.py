@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedModel
@@ -132,9 +133,7 @@ def _search(
         require_whole_reference()
     base = model_before_measured(options, source)
     base_folder = None if base is None else resolve_checkpoint(base)
-    before = base_folder
-    if options.retain_weight and before is None:
-        before = resolve_checkpoint(known_base(source, options.base, key="mask_train.base", what="--retain-weight"))
+    before = _model_to_retain(options, source) if base_folder is None else base_folder
     prepared = prepare_mask_training(recipe, source, run, listener, options.data_fraction, options.retain_weight)
     inputs = prepared.inputs
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
@@ -189,6 +188,13 @@ def _search(
         confirmation = _confirmation(search, found, confirming)
         reuse = prefix_reuse(states)
     return SearchedMask(search, found, layers, base, pairs, flops, confirmation, reuse)
+
+
+def _model_to_retain(options: MaskTrainOptions, source: ModelSource) -> Path | None:
+    """The model before fine-tuning that `--retain-weight` compares with; None without it."""
+    if not options.retain_weight:
+        return None
+    return resolve_checkpoint(known_base(source, options.base, key="mask_train.base", what="--retain-weight"))
 
 
 def _split(

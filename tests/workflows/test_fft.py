@@ -110,12 +110,29 @@ def test_resuming_gives_the_identical_model(undisturbed: Run, workspace: Path, t
     assert str(caught.value.hint).startswith("mftctl fft --resume --runs ")
     assert caught.value.exit_code == 130
     assert not (run.folder / "model").exists()
-    result = fine_tune(recipe, source, run, Silence(), resume=True).document()
+    listener = Interrupter(step=-1)
+    result = fine_tune(recipe, source, run, listener, resume=True).document()
+    assert f"Resuming after step {step} of 12" in listener.notes
     expected = undisturbed.record.result
     for key in ("start_loss", "best_loss", "last_loss", "best_step", "steps", "tokens"):
         assert result[key] == expected[key], key
     before, after = weights(undisturbed.folder / "model"), weights(run.folder / "model")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert _losses(run) == _losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    undisturbed: Run, workspace: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(workspace)
+    run, source = open_run(tmp_path, "fft", recipe)
+    with pytest.raises(Interrupted):
+        fine_tune(recipe, source, run, Interrupter(2))
+    shutil.rmtree(run.training.checkpoints)
+    listener = Interrupter(step=-1)
+    fine_tune(recipe, source, run, listener, resume=True)
+    assert "Nothing was saved before the run ended: training restarts at step 1" in listener.notes
     assert _losses(run) == _losses(undisturbed)
 
 

@@ -89,12 +89,36 @@ def _settings(run: Run) -> str:
 
 
 def _figure(probe: ProbedModel) -> Figure:
-    first = probe.runs[0].record
-    seeds = len({seed_of(run) for run in probe.runs})
-    share = first.config["probe"].get("data_fraction", 1.0)
     ranked_by = probe.ranked_by[0].upper() + probe.ranked_by[1:] if probe.score is None else probe.ranked_by
     groups_text = "kind of projection" if probe.of_kinds else "group of layers"
-    what = f"Predicted loss change by {groups_text}" if probe.is_fast else f"{ranked_by} by {groups_text}"
+    return Figure(
+        name=f"probe{'-promised' if probe.is_fast else ''}{'-projections' if probe.of_kinds else ''}",
+        title=f"Predicted loss change by {groups_text}" if probe.is_fast else f"{ranked_by} by {groups_text}",
+        caption=" ".join(_captions(probe)),
+        data=tuple(
+            {
+                "projection" if probe.of_kinds else "layers": group.name,
+                "groups": name,
+                "change": group.change,
+                "lowest": min(group.changes),
+                "highest": max(group.changes),
+                "seeds": len(group.changes),
+                **_values_without_mask(probe),
+                **({"loss_change": fmean(group.loss_changes)} if group.loss_changes else {}),
+                "recommended": group.name == probe.recommended,
+            }
+            for name, groups in probe.sizes.items()
+            for group in groups
+        ),
+        runs=tuple(run.name for run in probe.runs),
+        draw=partial(_draw, probe),
+        height_inches=3.2 + legend_height_inches(["FFT, no mask", *probe.sizes, "recommended"]),
+    )
+
+
+def _captions(probe: ProbedModel) -> list[str]:
+    first = probe.runs[0].record
+    share = first.config["probe"].get("data_fraction", 1.0)
     origin = Origin.read(first.inputs).origin
     captions = [f"{origin}, {probe.unmasked_state}: masks based on {share:.0%} of the training data."]
     if probe.is_fast:
@@ -117,32 +141,11 @@ def _figure(probe: ProbedModel) -> Figure:
         f"Star: {group_text(probe.recommended)} ({probe.best.change:+.4f}), recommended by {votes} of "
         f"{len(probe.runs)} probes."
     )
+    seeds = len({seed_of(run) for run in probe.runs})
     captions.append(
         f"Mean over {seeds} seeds; bars span the lowest to the highest change." if seeds > 1 else "One seed."
     )
-    return Figure(
-        name=f"probe{'-promised' if probe.is_fast else ''}{'-projections' if probe.of_kinds else ''}",
-        title=what,
-        caption=" ".join(captions),
-        data=tuple(
-            {
-                "projection" if probe.of_kinds else "layers": group.name,
-                "groups": name,
-                "change": group.change,
-                "lowest": min(group.changes),
-                "highest": max(group.changes),
-                "seeds": len(group.changes),
-                **_values_without_mask(probe),
-                **({"loss_change": fmean(group.loss_changes)} if group.loss_changes else {}),
-                "recommended": group.name == probe.recommended,
-            }
-            for name, groups in probe.sizes.items()
-            for group in groups
-        ),
-        runs=tuple(run.name for run in probe.runs),
-        draw=partial(_draw, probe),
-        height_inches=3.2 + legend_height_inches(["FFT, no mask", *probe.sizes, "recommended"]),
-    )
+    return captions
 
 
 def _values_without_mask(probe: ProbedModel) -> dict[str, Any]:
