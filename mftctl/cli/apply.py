@@ -77,7 +77,7 @@ def apply(
     with Output(as_json=as_json) as console:
         if private and push is None:
             raise ConfigError(
-                "--private makes a repository private that --push makes.",
+                "--private applies only to a repository that --push creates.",
                 key="--private",
                 expected="--push OWNER/NAME as well",
                 actual="no --push",

@@ -73,7 +73,7 @@ def show(
 ) -> None:
     """Show records as the model sees them: what is trained on, what is cut off, and why a record cannot be used."""
     if index is not None and sample is not None:
-        raise ConfigError("--index and --sample exclude each other.", key="--index", hint="give only one of them")
+        raise ConfigError("--index and --sample are mutually exclusive.", key="--index", hint="give only one of them")
     with Output(as_json=as_json) as console:
         session = Session("data show", console, runs, options=opt.given(context, "fft"))
         recipe, source = session.settle_with_model("fft")
@@ -145,7 +145,7 @@ def fetch(
     """
     if every == bool(names):
         raise ConfigError(
-            "--all and names exclude each other." if every else "No benchmark is named.",
+            "--all and benchmark names are mutually exclusive." if every else "No benchmark is named.",
             key="NAME",
             hint="mftctl data fetch gsm8k math, or mftctl data fetch --all",
         )

@@ -86,7 +86,7 @@ def _rows(part: PartStats, max_length_tokens: int) -> Iterator[tuple[str, str]]:
     if tokens is None:
         return
     yield "tokens", f"{tokens.tokens:,}"
-    yield "learned tokens", f"{tokens.answer_tokens:,}"
+    yield "tokens trained on", f"{tokens.answer_tokens:,}"
     if tokens.lengths is not None:
         lengths = tokens.lengths
         yield "length: minimum", f"{lengths.least:,}"

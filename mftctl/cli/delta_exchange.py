@@ -29,8 +29,8 @@ def export(
 ) -> None:
     """Export a delta file of linear layers as a Super-Tuning adapter of peft.
 
-    An adapter changes the same share of each layer; layers that change less are filled up with entries to which nothing
-    is added. peft adds values in the base's data type, which may round differently from the delta file; such weights
+    An adapter changes the same share of each layer; layers that change less are padded with entries whose change
+    is 0. peft adds values in the base's data type, which may round differently from the delta file; such weights
     are counted.
     """
     with Output(as_json=as_json) as console:
@@ -59,7 +59,7 @@ def export(
         }
         rows = [
             ("adapter", str(output)),
-            ("entries", f"{done.entries:,} in {counted(done.layers, 'layer')}, {done.filled:,} of them filled up"),
+            ("entries", f"{done.entries:,} in {counted(done.layers, 'layer')}, {done.filled:,} of them padding"),
             ("rounded", f"{counted(done.inexact, 'weight')} differently from the delta file"),
             ("bytes", f"{done.bytes_written:,}"),
         ]

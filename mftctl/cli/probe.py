@@ -94,7 +94,7 @@ def probe(
     ranks groups of equal size; it does not show how many layers to mask, or whether a mask helps at all.
 
     With --unit projection, the groups are the kinds of projections, such as q_proj, each in all probed layers. With
-    --unit head or neuron, which need --fast, the predicted effect is told apart by attention head or MLP neuron.
+    --unit head or neuron, which need --fast, the predicted effect is shown for each attention head or MLP neuron.
     """
     launch = settle_launch("probe", processes, shard)
     with Output(as_json=as_json) as console:

@@ -69,8 +69,8 @@ def _after_a_mask(
     if _has_no_control(masks, tables):
         return Advice(
             "mftctl fft --schedule constant --average ema",
-            "The mask beats the model it was learned on, but no control was measured: what more plain training on the "
-            "same data gives. mftctl run measures controls by itself.",
+            "The mask beats the model it was learned on, but no control (more plain training on the same data) was "
+            "measured. mftctl run measures controls automatically.",
         )
     if seeds < 3:
         recipe = next((run.record.recipe for run in reversed(runs) if run.record.recipe), None)

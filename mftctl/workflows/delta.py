@@ -109,7 +109,7 @@ def _mask_by_data(recipe: Recipe, source: ModelSource, base: str, run: Run, list
 
     if source.mask is not None or not recipe.data:
         raise ConfigError(
-            "Data decides which changes to keep, so it must be given, and no mask.",
+            "This selection of changes needs data, and a fine-tuned model without a mask.",
             key="delta.select",
             expected="data, and a fine-tuned model without a mask",
             actual="a mask" if source.mask is not None else "no data",
@@ -136,7 +136,7 @@ def _plan(recipe: Recipe, mask: Mask | None, mask_path: str | None) -> DeltaPlan
 
 
 def _tell_left_out(contents: DeltaContents, listener: Listener) -> None:
-    for reason, text in (("excluded", "as asked"), ("dropped", "as the ratio leaves none of their entries")):
+    for reason, text in (("excluded", "as requested"), ("dropped", "because the ratio keeps none of their entries")):
         names = [name for name, one in contents.left_out.items() if one.reason == reason]
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""

@@ -234,7 +234,7 @@ def _ratios(
             "The estimate of ratio auto needs whole weights in each process.",
             key="mask_train.ratio",
             expected="a number, or one process, or --shard ddp or zero2",
-            actual="auto with shared weights",
+            actual="auto with sharded weights",
         )
     return ratios_in_budget(
         model, targets, options, prepared.inputs, options.shared_budget, run.folder / "ratios.json", listener
@@ -258,7 +258,7 @@ def _step_scores(
             "A score of the unmasked model needs whole weights in each process.",
             key="mask_train.best_by",
             expected="loss, or one process, or --shard ddp or zero2",
-            actual=f"{options.best_by} with shared weights",
+            actual=f"{options.best_by} with sharded weights",
         )
     return scores
 

@@ -121,7 +121,7 @@ def _check_adapter(job: Job) -> None:
 
 def _eval_problem(job: Job, layer_count: int | None) -> str | None:
     if job.recipe.eval.engine == "openai":
-        return "a server cannot serve what an experiment is yet to make; measure it afterwards with mftctl eval"
+        return "a server cannot serve a model that the experiment has yet to make; measure it later with mftctl eval"
     return _message(lambda: check_suite(job.recipe))
 
 

@@ -107,7 +107,7 @@ def test_show_a_file(mftctl: CommandLine, workspace: Path) -> None:
 def test_show_chooses_one_way(mftctl: CommandLine, workspace: Path) -> None:
     outcome = mftctl("data", "show", workspace / "train.jsonl", "--index", 1, "--sample", 1)
     assert outcome.code == 2
-    assert "exclude each other" in outcome.stderr
+    assert "are mutually exclusive" in outcome.stderr
 
 
 @pytest.mark.slow

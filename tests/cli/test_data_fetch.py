@@ -124,7 +124,8 @@ def test_an_evaluation_without_its_data_names_the_command(mftctl: CommandLine) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((), "No benchmark is named."), (("--all", "gsm8k"), "--all and names exclude")]
+    ("arguments", "message"),
+    [((), "No benchmark is named."), (("--all", "gsm8k"), "--all and benchmark names are mutually exclusive")],
 )
 def test_names_or_all(mftctl: CommandLine, arguments: tuple[str, ...], message: str) -> None:
     outcome = mftctl("data", "fetch", *arguments)

@@ -58,4 +58,4 @@ def test_an_experiment_cannot_be_served_while_it_is_made(workspace: Any) -> None
     recipe = make_recipe(workspace, stages=stages, eval={"engine": "openai", "base_url": URL})
     with pytest.raises(ConfigError, match="cannot be completed") as caught:
         check_jobs(spell_out(recipe))
-    assert "a server cannot serve what an experiment is yet to make" in caught.value.problems[0]
+    assert "a server cannot serve a model that the experiment has yet to make" in caught.value.problems[0]

@@ -123,7 +123,7 @@ def _about(picture: CurvePicture) -> list[str]:
     lines = picture.lines
     sentences = []
     if picture.star is not None:
-        sentences.append("Star: the best FFT, the starting point of everything trained from it.")
+        sentences.append("Star: the best FFT state, from which the others continue.")
     if any(line.is_level for line in lines):
         sentences.append("A horizontal line is a method that takes no steps.")
     if max(len(line.seeds) for line in lines) > 1:

@@ -70,8 +70,8 @@ def share_paths(
             continue
         if shares and measured != digest:
             problems.append(
-                f"{run.name}: left out of the frontier: it measured other data to retain than the evaluations, "
-                "such as without their --limit"
+                f"{run.name}: left out of the frontier: its retained data differ from those of the evaluations, "
+                "for example because of --limit"
             )
         elif shares:
             seed = int(run.record.config.get("seed", 0))

@@ -150,7 +150,7 @@ def test_an_interpolation_that_measured_other_data_is_not_drawn(
     [figure], problems = frontier_figures(compare_runs(tmp_path)[0], list_runs(tmp_path)[0])
     assert not any("share" in point for point in figure.data)
     assert [line.partition(",")[0] for line in problems] == lines * [
-        "005-interpolate: left out of the frontier: it measured other data to retain than the evaluations"
+        "005-interpolate: left out of the frontier: its retained data differ from those of the evaluations"
     ]
 
 
