@@ -10,8 +10,8 @@ from typing import Any
 from mftctl.experiments.results import MadeState
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Parents
-from mftctl.experiments.state_names import STATE_ORDER
-from mftctl.reporting.figures.style import LineStyle, numbered_style, style_of
+from mftctl.experiments.state_names import STATE_ORDER, place_of
+from mftctl.reporting.figures.style import STYLES, LineStyle, numbered_style, style_of
 from mftctl.reporting.figures.training_histories import DECIDES_NOTHING
 from mftctl.reporting.frontier import Frontier, FrontierPoint
 
@@ -66,10 +66,14 @@ def families(frontier: Frontier, by_name: Mapping[str, Run]) -> list[Family]:
         member = _member(point, by_name)
         groups.setdefault((member.name, member.others), []).append(member)
     found: list[Family] = []
+    places = {place_of(name) for name, _ in groups}
+    others = iter([number for number in (*range(len(STATE_ORDER) + 1, STYLES), *range(STYLES)) if number not in places])
+    taken: set[int] = set()
     for members in groups.values():
         for label, line in _lines(members):
-            name, is_first = line[0].name, all(family.members[0].name != line[0].name for family in found)
-            style = style_of(name) if is_first else numbered_style(len(STATE_ORDER) + 1 + len(found))
+            place = place_of(line[0].name)
+            style = numbered_style(next(others, 0)) if place in taken else style_of(line[0].name)
+            taken.add(place)
             found.append(Family(label, style, tuple(line)))
     return found
 

@@ -26,6 +26,9 @@ _LONGEST_TEXT = 120
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "d", "8")
+STYLES = len(_COLOURS) * len(_MARKERS)
+"""Number of styles that differ in colour or marker."""
+
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -106,7 +109,8 @@ def style_of(label: str) -> LineStyle:
 
 def numbered_style(number: int) -> LineStyle:
     """The style of a numbered line that is not a state, such as a group size."""
-    return LineStyle(_COLOURS[number % len(_COLOURS)], _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
+    colour = number + number // len(_MARKERS)  # so that points without a line, too, differ in all `STYLES`
+    return LineStyle(_COLOURS[colour % len(_COLOURS)], _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
 
 
 @dataclass(frozen=True, slots=True)

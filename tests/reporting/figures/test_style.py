@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 
 from mftctl.experiments.state_names import STATE_ORDER
-from mftctl.reporting.figures.style import INK, Figure, numbered_style, render, style_of
+from mftctl.reporting.figures.style import INK, STYLES, Figure, numbered_style, render, style_of
 
 
 def make_figure(name: str = "line", label: str = "a < b & c") -> Figure:
@@ -24,6 +24,13 @@ def make_figure(name: str = "line", label: str = "a < b & c") -> Figure:
 def test_no_two_states_look_alike_even_without_colour() -> None:
     shapes = [(str(style_of(state.label).linestyle), style_of(state.label).marker) for state in STATE_ORDER]
     assert len(set(shapes)) == len(STATE_ORDER)
+
+
+def test_no_two_points_look_alike() -> None:
+    points = {(numbered_style(number).color, numbered_style(number).marker) for number in range(STYLES)}
+    assert len(points) == STYLES
+    states = {(style_of(state.label).color, style_of(state.label).marker) for state in STATE_ORDER}
+    assert len(states) == len(STATE_ORDER)
 
 
 def test_unknown_states_get_a_numbered_style() -> None:
