@@ -25,7 +25,7 @@ from mftctl.evaluation.sandbox.program import Limits, Program, Verdict
 from mftctl.evaluation.sandbox.python_files import find_installation
 
 SECRET = "a-canary-of-the-tests"
-LIMITS = Limits(cpu_seconds=1, wall_seconds=6.0)
+LIMITS = Limits(cpu_seconds=2, wall_seconds=6.0)
 SANDBOXES = {sandbox.kind: sandbox for sandbox in candidates(find_installation())}
 
 
