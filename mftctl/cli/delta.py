@@ -64,7 +64,7 @@ def delta(
 ) -> None:
     """Store what fine-tuning changed in a model as a small file.
 
-    mftctl apply BASE FILE makes the fine-tuned model again, bit for bit unless changes were left out or rounded.
+    mftctl apply BASE FILE restores the fine-tuned model, bit for bit unless changes were left out or rounded.
     Streams the weights, one tensor at a time. Tokenizer, chat template and configuration are stored where they differ.
     """
     with Output(as_json=as_json) as console:

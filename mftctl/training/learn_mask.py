@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import replace
+from typing import Any, Final, cast
 
 import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mftctl.errors import TrainingError
 from mftctl.evaluation.losses import RecordLoss, mean_loss
@@ -16,10 +19,10 @@ from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
 from mftctl.masking.checkpoints.outlines import Rows, StoredWeights
 from mftctl.masking.full_tensor import whole_shape
 from mftctl.masking.layers import attach_masks, detach_masks, keep_no_products, masked_layers
+from mftctl.masking.soft_mask import LEAST_TEMPERATURE, SoftRule
 from mftctl.masking.targets import MaskTarget
 from mftctl.runtime.peak_memory import free_unreachable
 from mftctl.runtime.stop_request import stop_on_signal
-from mftctl.training.hardening import Hardening
 from mftctl.training.held_out import masked, validation_loss
 from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.mask_search import FoundMask, MaskSearch
@@ -27,6 +30,8 @@ from mftctl.training.score_trainer import ScoreTrainer
 
 _USUAL_EPSILON = 1e-8
 _SMALL_EPSILON = 1e-20
+_SOFT_SHARE: Final = 0.5
+"""Share of the steps of a hardened soft mask at temperature 1."""
 
 
 def learn_mask(search: MaskSearch) -> FoundMask:
@@ -237,3 +242,46 @@ def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
     if search.options.unit == "row":
         return row_mask(target, ratio)
     return magnitude_mask(target, ratio, search.base_of(target), pattern)
+
+
+class Hardening(TrainerCallback):
+    """Lets the temperature of a soft mask fall, so that its multipliers end as 0 or 1.
+
+    Between steps it is 0, so that what is measured and kept is a hard mask.
+
+    Args:
+        model: A model with soft masks.
+        steps: Optimizer steps of the training.
+    """
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self._model = model
+        self._steps = steps
+        self._set(0.0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the temperature of the step."""
+        self._set(temperature(state.global_step, self._steps))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hardens the mask."""
+        self._set(0.0)
+
+    def _set(self, value: float) -> None:
+        for _, module in masked_layers(self._model):
+            if isinstance(module.rule, SoftRule):
+                module.rule = replace(module.rule, temperature=value)
+
+
+def temperature(step: int, steps: int) -> float:
+    """The temperature of a step: 1 in the first half, then falling by the same factor in each step to the least one.
+
+    Args:
+        step: Number of steps before it.
+        steps: Number of all steps.
+    """
+    soft = _SOFT_SHARE * steps
+    progress = max(step + 1 - soft, 0.0) / (steps - soft)
+    return float(LEAST_TEMPERATURE**progress)

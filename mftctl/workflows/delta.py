@@ -109,11 +109,11 @@ def _mask_by_data(recipe: Recipe, source: ModelSource, base: str, run: Run, list
 
     if source.mask is not None or not recipe.data:
         raise ConfigError(
-            "This selection of changes needs data, and a fine-tuned model without a mask.",
+            f"--select {recipe.delta.select} chooses the changes by their effect on data.",
             key="delta.select",
             expected="data, and a fine-tuned model without a mask",
             actual="a mask" if source.mask is not None else "no data",
-            hint="--data FILE",
+            hint="--data FILE" if source.mask is None else "name the fine-tuned model itself",
         )
     make = learned_mask if recipe.delta.select == "learned" else fisher_mask
     return make(recipe, source, base, run, listener)

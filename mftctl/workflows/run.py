@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mftctl.data.sources import is_pattern, source_content_digest
 from mftctl.errors import ConfigError, Interrupted, RunError
 from mftctl.experiments.controls import jobs_with_controls
-from mftctl.experiments.deciding_keys import deciding_keys
+from mftctl.experiments.deciding_keys import deciding_keys, in_names_of_today
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.experiments.jobs import Job
 from mftctl.experiments.model_source import MODEL_MAKERS, ModelSource, recommendation_of, source_of_run
@@ -20,9 +20,8 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.results import BestLoss, Outcome
 from mftctl.experiments.run_config import to_document
-from mftctl.experiments.run_folder import Run, create_run, load_run
+from mftctl.experiments.run_folder import Run, create_run, list_runs, load_run
 from mftctl.experiments.run_record import STAGE_BEFORE, RunStatus
-from mftctl.experiments.stage_runs import stage_runs
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener
 from mftctl.runtime.stop_request import take_late_stop
@@ -31,6 +30,9 @@ from mftctl.workflows.multi_process.dispatch import launch_of
 from mftctl.workflows.multi_process.process_count import Launch
 
 State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsewhere"]
+
+_ON_STAGES = (STAGE_BEFORE, "the probe")
+"""Keys that hold the digests of other stages."""
 
 _LOOK_AGAIN_SECONDS = 1.0
 """Time between checks of another process's job while there is nothing else to do."""
@@ -344,3 +346,31 @@ def _is_complete(run: Run) -> bool:
     result = run.result(Outcome)
     made = (result.model, result.mask) if run.record.command in MODEL_MAKERS else (result.mask,)
     return all(Path(place).exists() for place in made if place)
+
+
+def stage_runs(root: Path) -> list[Run]:
+    """Returns all runs of stages in a runs folder, oldest first.
+
+    Runs recorded under former names get the digest they would have now, as do the runs that build on them.
+
+    Args:
+        root: The runs folder.
+    """
+    runs, digests = [], dict[str, str]()
+    for run in list_runs(root)[0]:
+        record = run.record
+        if record.digest is None:
+            continue
+        decides = _on_digests(in_names_of_today(record.decides), digests)
+        if decides != record.decides:
+            digests[record.digest] = digest_of(decides)
+            run.record = replace(record, decides=decides, digest=digests[record.digest])
+        runs.append(run)
+    return runs
+
+
+def _on_digests(decides: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    def current(value: Any) -> Any:
+        return [current(item) for item in value] if isinstance(value, list) else digests.get(value, value)
+
+    return {key: current(value) if key in _ON_STAGES else value for key, value in decides.items()}

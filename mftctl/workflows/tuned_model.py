@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,8 +24,8 @@ from mftctl.files.ownership import Kind, permit_folder, write_marker
 from mftctl.masking.checkpoints.carried_parts import carry_over, copy_processor, parts_left_out
 from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter
+from mftctl.text import markdown_code, markdown_text
 from mftctl.training.inputs import TrainingInputs
-from mftctl.training.tuned_card import write_tuned_card
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -204,3 +205,20 @@ def _adapter_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions
         template=inputs.template_text(),
     )
     return {"README.md": card, **({QUANTIZED_FILE: QUANTIZATION} if quantized and not options.merge else {})}
+
+
+def write_tuned_card(state: str, *, base: str, template: str) -> str:
+    """The card's text: YAML front matter with `base_model`, then a Markdown summary of the fine-tuning.
+
+    Args:
+        state: The state of the model after fine-tuning, such as `FFT` or `continued GMT`.
+        base: Name or folder of the model that fine-tuning started from.
+        template: The chat template of its records, which is stored in the tokenizer.
+    """
+    front_matter = ModelCardData(base_model=base, library_name="transformers", tags=["fine-tuned", "mftctl"]).to_yaml()
+    return (
+        f"---\n{front_matter}\n---\n\n# {markdown_text(base)}, fine-tuned\n\n"
+        f"This is {markdown_code(base)} after {markdown_text(state)}.\n\n"
+        f"| Fine-tuning | |\n| --- | --- |\n| Method | {markdown_text(state)} |\n"
+        f"| Chat template | {markdown_text(template)} |\n\nMade with mftctl.\n"
+    )

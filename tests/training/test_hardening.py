@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from mftctl.masking.layers import attach_masks, initial_scores, masked_layers
 from mftctl.masking.soft_mask import LEAST_TEMPERATURE, SoftRule
 from mftctl.masking.targets import find_targets
-from mftctl.training.hardening import Hardening, temperature
+from mftctl.training.learn_mask import Hardening, temperature
 from tests.conftest import build_llama
 
 

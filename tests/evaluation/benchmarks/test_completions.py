@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mftctl.evaluation.benchmarks.code import continued, programs
-from mftctl.evaluation.benchmarks.completions import completion, completion_lines
+from mftctl.evaluation.benchmarks.code import completion, completion_lines, continued, programs
 from mftctl.evaluation.benchmarks.lm_eval_tasks import task_config
 from mftctl.evaluation.benchmarks.result import BenchmarkSample
 from mftctl.evaluation.lm.predictions import read_predictions

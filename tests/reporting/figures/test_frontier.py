@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Canvas
 
 from mftctl.experiments.run_folder import list_runs
 from mftctl.reporting.figures.frontier import frontier_figures
+from mftctl.reporting.figures.frontier_families import families
 from mftctl.reporting.figures.frontier_labels import Label, place_labels
 from mftctl.reporting.figures.style import Figure, render
 from mftctl.reporting.frontier import frontiers
@@ -152,6 +153,21 @@ def test_an_interpolation_that_measured_other_data_is_not_drawn(
     assert [line.partition(",")[0] for line in problems] == lines * [
         "005-interpolate: left out of the frontier: its retained data differ from those of the evaluations"
     ]
+
+
+def test_no_two_states_have_one_style(tmp_path: Path) -> None:
+    study = RetainedStudy(tmp_path)
+    study.add("pre-trained", 1.9, 0.3, stage="base")
+    fft = study.add("FFT", 0.3, 0.9, stage="fft")
+    for number in range(20):
+        options = {**DELTA, "learning_rate": number}
+        study.add("MFT delta", 0.3 + 0.01 * number, 0.8, options=options, on=[fft], stage=f"rate{number}")
+    for name in ("a later state", "another later state"):
+        study.add(name, 0.4, 0.7, options=DELTA, on=[fft], stage=name)
+    [frontier] = frontiers(compare_runs(tmp_path)[0])[0]
+    found = families(frontier, {run.name: run for run in list_runs(tmp_path)[0]})
+    assert len(found) >= 23
+    assert len({(family.style.color, family.style.marker) for family in found}) == len(found)
 
 
 def test_the_figure_is_drawn_with_each_line_in_the_legend(study: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from mftctl.training.tuned_card import write_tuned_card
+from mftctl.workflows.tuned_model import write_tuned_card
 
 
 def test_it_names_base_method_and_template() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.stage_runs import stage_runs
-from mftctl.workflows.run import plan_experiment
+from mftctl.workflows.run import plan_experiment, stage_runs
 
 EARLIER: list[dict[str, Any]] = json.loads((Path(__file__).parent / "earlier_stages.json").read_text())
 SHORT = {"max_steps": 3, "val_steps": 3, "batch_size": 4}
