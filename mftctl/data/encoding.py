@@ -329,7 +329,7 @@ def encode_all(
         batch = examples[start : start + _BATCH_RECORDS]
         for example, outcome in zip(batch, encoder.encode_batch(batch, max_length_tokens), strict=True):
             if isinstance(outcome, PromptTooLongError):
-                issues.overlong += 1
+                issues.count_overlong(1, example.where)
             elif isinstance(outcome, DataError):
                 issues.refused.append(outcome)
             else:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -236,23 +237,24 @@ def _csv(path: Path) -> Iterator[Record | DataError]:
     """The rows below the header; an empty cell is None."""
     csv.field_size_limit(_MOST_CHARACTERS)
     foreign: list[DataError] = []
-    rows = csv.reader(_watched_lines(path, foreign), strict=True)
-    try:
-        header = next(rows, [])
-        if foreign:
-            raise foreign[0]
-        _require_names_once(header, path)
-        for row in rows:
+    with closing(_watched_lines(path, foreign)) as lines:  # an error in `foreign` would keep the file open
+        rows = csv.reader(lines, strict=True)
+        try:
+            header = next(rows, [])
             if foreign:
-                yield foreign[0]
-                foreign.clear()
-            elif row:
-                yield _csv_record(header, row, f"{path}:{rows.line_num}")
-    except csv.Error as error:
-        raise DataError("The data file is malformed.", path=f"{path}:{rows.line_num}", actual=str(error)) from error
+                raise foreign[0]
+            _require_names_once(header, path)
+            for row in rows:
+                if foreign:
+                    yield foreign[0]
+                    foreign.clear()
+                elif row:
+                    yield _csv_record(header, row, f"{path}:{rows.line_num}")
+        except csv.Error as error:
+            raise DataError("The data file is malformed.", path=f"{path}:{rows.line_num}", actual=str(error)) from error
 
 
-def _watched_lines(path: Path, foreign: list[DataError]) -> Iterator[str]:
+def _watched_lines(path: Path, foreign: list[DataError]) -> Generator[str]:
     """The lines of a CSV file; appends to `foreign` an error for each that is not UTF-8."""
     for number, line in enumerate(text_lines(path, newline=""), start=1):
         if (error := not_utf8(line, path, number)) is not None:

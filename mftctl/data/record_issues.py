@@ -50,6 +50,7 @@ class RecordIssues:
         used: Records tokenised successfully.
         ignored: Number of records that have each ignored field.
         overlong: Records skipped because their prompt alone exceeds the maximum length.
+        first_overlong: Where the first of them comes from, such as `train.jsonl:17`; None without any.
         cut: Truncated records.
         without_thinking: Records whose thinking the chat template drops.
         last_only: Conversations whose earlier answers are not trained on because the chat template changes them.
@@ -64,6 +65,7 @@ class RecordIssues:
         self.used = 0
         self.ignored: Counter[str] = Counter()
         self.overlong = 0
+        self.first_overlong: str | None = None
         self.cut = 0
         self.without_thinking = 0
         self.last_only = 0
@@ -79,21 +81,64 @@ class RecordIssues:
         self.tools_as_text += records * (Remark.TOOLS_AS_TEXT in remarks)
         self.open_turns += records * (Remark.OPEN_TURN in remarks)
 
-    def settle(self, bad_records: BadRecords, most: float = 1.0) -> None:
+    def count_overlong(self, records: int, first: str) -> None:
+        """Counts records that are skipped because their prompt is too long; `first` is where the first comes from."""
+        self.overlong += records
+        self.first_overlong = self.first_overlong or first
+
+    def settle(self, bad_records: BadRecords, most: float = 1.0, *, part: str | None = None) -> None:
         """Checks that all records can be used, or that the few bad ones may be left out.
 
         Args:
             bad_records: `skip` skips malformed records. Records whose prompt is too long are always left out.
             most: Maximum share of malformed records, and of those whose prompt is too long.
+            part: Name of the part of the data for the message, such as `Training data`.
 
         Raises:
             DataError: Some records cannot be used; the message names the first few.
         """
         if self.refused and bad_records == "error":
             self._refuse()
-        first = self.refused[0] if self.refused else None
-        _require_few("malformed", len(self.refused), self.records, most, first=first)
-        _require_few("with a prompt longer than --max-length", self.overlong, self._looked_at, most)
+        if self.refused:
+            first = self.refused[0]
+            self._require_few("malformed", len(self.refused), self.records, most, part, first.path, _described(first))
+        self._require_few(
+            "with a prompt longer than --max-length", self.overlong, self._looked_at, most, part, self.first_overlong
+        )
+
+    def _require_few(
+        self,
+        what: str,
+        count: int,
+        total: int,
+        most: float,
+        part: str | None,
+        first: str | None,
+        why: str | None = None,
+    ) -> None:
+        """Checks that a kind of unusable records is rare.
+
+        Args:
+            what: The kind, in words that follow a number.
+            count: Their number.
+            total: The number of records that it refers to.
+            most: Maximum share.
+            part: Name of the part of the data.
+            first: Where the first of them comes from.
+            why: Why that one cannot be used, if it is malformed.
+        """
+        if count <= most * total:
+            return
+        text = "too many records cannot be used."
+        remedies = "remove them, " if why else "remove them, raise --max-length, "
+        raise DataError(
+            text.capitalize() if part is None else f"{part}: {text}",
+            path=first,
+            key="--bad-records-max",
+            expected=f"at most {100 * most:g}% of {counted(total, 'record')}",
+            actual=f"{count:,} ({count / total:.1%}) {what}" + (f"; {why}" if why else ""),
+            hint=f"{remedies}or leave them out with --bad-records-max {math.ceil(100 * count / total)}%",
+        )
 
     def _refuse(self) -> None:
         first = self.refused[0]
@@ -167,29 +212,6 @@ class RecordIssues:
             if count:
                 lines.append(f"in {counted(count, noun)} {REMARK_TEXTS[remark]}")
         return lines
-
-
-def _require_few(what: str, count: int, total: int, most: float, *, first: DataError | None = None) -> None:
-    """Checks that a kind of unusable records is rare.
-
-    Args:
-        what: The kind, in words that follow a number.
-        count: Their number.
-        total: The number of records that it refers to.
-        most: Maximum share.
-        first: The first of them, if it is known; otherwise the prompts are too long.
-    """
-    if count <= most * total:
-        return
-    raise DataError(
-        "Too many records cannot be used.",
-        path=None if first is None else first.path,
-        key="--bad-records-max",
-        expected=f"at most {100 * most:g}% of {counted(total, 'record')}",
-        actual=f"{count:,} ({count / total:.1%}) {what}" + ("" if first is None else f"; {_described(first)}"),
-        hint=("remove them, raise --max-length, " if first is None else "remove them, ")
-        + f"or leave them out with --bad-records-max {math.ceil(100 * count / total)}%",
-    )
 
 
 def _described(error: DataError) -> str:

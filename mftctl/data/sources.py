@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mftctl.data.files import Record, data_files, file_kind, stream_records, unreadable
 from mftctl.data.hub import open_hub, rows_digest, stream_rows
@@ -34,6 +34,10 @@ _BUILT_IN: dict[str, built_in.Split] = {
     f"{built_in.NAME}/preferences": "preferences",
     f"{built_in.NAME}/preferences_validation": "preferences_validation",
 }
+
+
+EVALUATION_SEED: Final = 0
+"""Seed that samples test data and data to retain: one for all runs, so that seeds are compared on the same records."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import token_lengths
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.retained import RETAINED
-from mftctl.data.sources import DataSource
+from mftctl.data.sources import EVALUATION_SEED, DataSource
 from mftctl.data.template_limits import limited
 from mftctl.errors import ConfigError, EvaluationError, MftError
 from mftctl.evaluation.answer_room import smaller_batches
@@ -113,7 +113,7 @@ def prepare_suite(recipe: Recipe, listener: Listener) -> Suite:
     if options.predictions is not None:
         return Suite([], RecordIssues(), benchmarks)
     issues, retained_issues = RecordIssues(), RecordIssues()
-    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues, listener=listener)
+    examples = load_examples(recipe.test_data, seed=EVALUATION_SEED, issues=issues, listener=listener)
     retained = load_held_out(recipe, retained_issues, listener)
     return Suite(examples[: options.limit], issues, benchmarks, retained[: options.limit], retained_issues)
 

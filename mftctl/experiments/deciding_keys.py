@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mftctl.data.sources import EVALUATION_SEED
 from mftctl.experiments.presets import SETTLED
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.renamed import with_new_names
@@ -76,6 +77,8 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
+    if recipe.seed != EVALUATION_SEED and _samples_evaluation_data(recipe, command):
+        keys["evaluation_seed"] = EVALUATION_SEED  # earlier versions sampled with the recipe's seed
     if command == "probe" and recipe.probe.by != "loss":
         keys["eval"] = _of_score(recipe)
     for section, later in _OF_SECTIONS.items():
@@ -86,6 +89,12 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
         if "grad_accum_steps" in keys.get(section, {}):
             _spell_step(keys[section])
     return keys
+
+
+def _samples_evaluation_data(recipe: Recipe, command: str) -> bool:
+    """True if a command measures or retains a sample of the recipe's test data or data to retain."""
+    measured = (*recipe.retain_data, *(recipe.test_data if command == "eval" else ()))
+    return any(source.count is not None for source in measured)
 
 
 def in_names_of_today(decides: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mftctl.data.examples import Example
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.retained import split_retained
+from mftctl.data.sources import EVALUATION_SEED
 from mftctl.errors import DataError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import added_system_text, encode_part, require_records, tell_issues
@@ -31,11 +32,13 @@ def load_held_out(recipe: Recipe, issues: RecordIssues, listener: Listener) -> S
     """
     if not recipe.retain_data:
         return []
-    examples = load_examples(recipe.retain_data, seed=recipe.seed, issues=issues, listener=listener)
+    examples = load_examples(recipe.retain_data, seed=EVALUATION_SEED, issues=issues, listener=listener)
     try:
         return split_retained(examples)[0]
     except DataError:
-        issues.settle(recipe.bad_records, recipe.bad_records_max)  # they explain why there are so few
+        issues.settle(
+            recipe.bad_records, recipe.bad_records_max, part=RETAINED_DATA
+        )  # they explain why there are so few
         raise
 
 
@@ -63,7 +66,7 @@ def encode_measured(
         DataError: Some records cannot be used.
     """
     used = encode_part(examples, encoder, max_length_tokens, issues, listener)
-    issues.settle(recipe.bad_records, recipe.bad_records_max)
+    issues.settle(recipe.bad_records, recipe.bad_records_max, part=name)
     tell_issues(name, issues, max_length_tokens, listener)
     if examples or issues.records:
         require_records(name, used.records, issues, max_length_tokens)

@@ -81,8 +81,10 @@ def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Chan
     from mftctl.evaluation.statistics import paired_difference_over_seeds
 
     ids = list(pairs[0][0])
-    if any(set(samples) != set(ids) for pair in pairs for samples in pair):
+    if any(set(before) != set(after) for before, after in pairs):
         raise EvaluationError("not measured on the same samples as its baseline")
+    if any(set(before) != set(ids) for before, _ in pairs):
+        raise EvaluationError("its seeds were not measured on the same samples")
     if not ids:
         raise EvaluationError("no samples were measured")
     before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))

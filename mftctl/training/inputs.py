@@ -37,6 +37,9 @@ from mftctl.progress import Listener, Silence
 from mftctl.training.image_support import require_text, require_whole_weights
 from mftctl.training.retained_data import RetainedData, prepare_retained
 
+_DATA = "Data"
+"""Name of training and validation data that come from the same files."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
@@ -117,7 +120,7 @@ class Parts:
     def named_issues(self) -> dict[str, RecordIssues]:
         """The issues by the name of their part."""
         if self.train_issues is self.validation_issues:
-            return {"Data": self.train_issues}
+            return {_DATA: self.train_issues}
         return {"Training data": self.train_issues, "Validation data": self.validation_issues}
 
 
@@ -217,7 +220,7 @@ def _settle(
 ) -> None:
     """Refuses unusable records, or reports that they are left out."""
     for name, issues in parts.named_issues().items():
-        issues.settle(recipe.bad_records, recipe.bad_records_max)
+        issues.settle(recipe.bad_records, recipe.bad_records_max, part=name)
         tell_issues(name, issues, max_length_tokens, listener)
     require_records("Training data", train.records, parts.train_issues, max_length_tokens)
     require_records("Validation data", validation.records, parts.validation_issues, max_length_tokens)
@@ -245,7 +248,7 @@ def split_examples(recipe: Recipe, listener: Listener, kind: RecordKind = "answe
     try:
         kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)
     except DataError:
-        issues.settle(recipe.bad_records, recipe.bad_records_max)  # they explain why there are so few
+        issues.settle(recipe.bad_records, recipe.bad_records_max, part=_DATA)  # they explain why there are so few
         raise
     return Parts(kept, held_out, issues, issues)
 

@@ -13,6 +13,7 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import encode_prepared
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.retained import split_retained, without_training_records
+from mftctl.data.sources import EVALUATION_SEED
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import require_records, tell_issues
 from mftctl.experiments.retained_records import RETAINED_DATA
@@ -61,15 +62,15 @@ def prepare_retained(
         DataError: A file or a record cannot be used, all records are training records, or there are too few.
     """
     issues = RecordIssues()
-    examples = load_examples(recipe.retain_data, seed=recipe.seed, issues=issues, listener=listener)
-    issues.settle(recipe.bad_records, recipe.bad_records_max)
+    examples = load_examples(recipe.retain_data, seed=EVALUATION_SEED, issues=issues, listener=listener)
+    issues.settle(recipe.bad_records, recipe.bad_records_max, part=RETAINED_DATA)
     new = without_training_records(examples, known)
     if len(new) < len(examples):
         listener.note(f"Retained data: left out because they are training records: {len(examples) - len(new)}")
     held_out, rest = split_retained(new)
     measured = encode_prepared(held_out[:most_measured], encoder, max_length_tokens, issues, listener)
     trained = encode_prepared(rest if trains else rest[:0], encoder, max_length_tokens, issues, listener)
-    issues.settle(recipe.bad_records, recipe.bad_records_max)
+    issues.settle(recipe.bad_records, recipe.bad_records_max, part=RETAINED_DATA)
     tell_issues(RETAINED_DATA, issues, max_length_tokens, listener)
     require_records(RETAINED_DATA, measured.records, issues, max_length_tokens)
     if trains:

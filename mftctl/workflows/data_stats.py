@@ -17,6 +17,7 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import Records, Side, encode_prepared
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.retained import split_retained
+from mftctl.data.sources import EVALUATION_SEED
 from mftctl.data.splits import split_validation
 from mftctl.errors import ConfigError, DataError
 from mftctl.experiments.recipe import Recipe
@@ -230,10 +231,14 @@ def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
     if not (recipe.data or recipe.val_data or recipe.test_data or recipe.retain_data):
         raise ConfigError("There is no data to look at.", key="--data", expected="a file or a hub id", actual="none")
     read = []
-    for name, sources in (("train", recipe.data), ("validation", recipe.val_data), ("test", recipe.test_data)):
+    for name, sources, seed in (
+        ("train", recipe.data, recipe.seed),
+        ("validation", recipe.val_data, recipe.seed),
+        ("test", recipe.test_data, EVALUATION_SEED),
+    ):
         if sources:
             issues = RecordIssues()
-            examples = load_examples(sources, seed=recipe.seed, issues=issues, listener=listener, kind=None)
+            examples = load_examples(sources, seed=seed, issues=issues, listener=listener, kind=None)
             read.append((name, examples, issues))
     if recipe.data and not recipe.val_data:
         name, examples, issues = read[0]
@@ -245,7 +250,7 @@ def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
             read[0:1] = [(name, kept, issues), ("validation", held_out, RecordIssues())]
     if recipe.retain_data:
         issues = RecordIssues()
-        examples = load_examples(recipe.retain_data, seed=recipe.seed, issues=issues, listener=listener)
+        examples = load_examples(recipe.retain_data, seed=EVALUATION_SEED, issues=issues, listener=listener)
         held_out, to_train = split_retained(examples)
         read += [("retained_held_out", held_out, issues), ("retained_to_train", to_train, RecordIssues())]
     return [_Part(name, examples, issues, question_keys(examples)) for name, examples, issues in read]

@@ -124,7 +124,7 @@ def run_experiment(
     """
     from mftctl.workflows.run_checks import check_jobs
 
-    check_jobs(planned.job for planned in plan if planned.state != "done")
+    check_jobs([planned.job for planned in plan if planned.state != "done"], listener)
     root.mkdir(parents=True, exist_ok=True)
     take_late_stop()  # one from before this experiment
     by_job = {id(planned.job): planned for planned in plan}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,21 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.mask_support import check_support
 from mftctl.masking.hub_masks import local_mask
 from mftctl.masking.targets import layer_groups, parse_layers
+from mftctl.progress import Listener
 from mftctl.runtime.devices import best_device, find_device
 from mftctl.training.updates.optimizers import check_memory_options
 from mftctl.workflows.probe_kind import check_kind
+from mftctl.workflows.run_data_checks import data_problems
 
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def check_jobs(jobs: Iterable[Job]) -> None:
+def check_jobs(jobs: Sequence[Job], listener: Listener) -> None:
     """Checks that every job has its inputs and fits the model.
 
     Args:
         jobs: The jobs that will run.
+        listener: Receives progress updates while data is tokenised.
 
     Raises:
         ConfigError: Jobs have problems, with one line each, or the device is not available.
@@ -38,6 +41,8 @@ def check_jobs(jobs: Iterable[Job]) -> None:
         find_device(job.recipe.device)
         for problem in _problems(job):
             problems[f"{job.name}: {problem}"] = None
+    if not problems:
+        problems = dict.fromkeys(data_problems(jobs, listener))
     if problems:
         raise ConfigError("The experiment cannot be completed.", problems=list(problems))
 

@@ -142,7 +142,10 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
     problems = ProblemList()
     model = check_model(recipe, problems)
     data = DataCheck(None if model is None else model.tokenizer, problems, None if model is None else model.images)
-    jobs = _jobs(recipe, problems)
+    all_jobs = _jobs(recipe, problems)
+    jobs = [job for job in all_jobs if job.seed == all_jobs[0].seed]
+    if jobs:
+        recipe = recipe.model_copy(update={"seed": jobs[0].seed})
     parts = data.parts(recipe)
     length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
@@ -151,6 +154,7 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
         problems.warn("memory: the estimates do not cover the vision tower's work on images")
     estimates = StageEstimates(model, data, problems, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(job, estimates, problems) for job in jobs]
+    _check_other_seeds([job for job in all_jobs if job.seed != recipe.seed], model, device, problems)
     if recipe.eval.tasks or recipe.eval.task_data:
         _check_suite(recipe, problems, "eval")
     counts = {
@@ -187,13 +191,35 @@ def _check_positions(tokens: Tokens | None, model: CheckedModel | None, problems
 
 
 def _jobs(recipe: Recipe, problems: ProblemList) -> list[Job]:
-    """Returns the jobs for the first seed; without stages, `fft` and `mask-train` as configured."""
+    """Returns the jobs for all seeds; without stages, `fft` and `mask-train` as configured."""
     if not recipe.stages:
         return [Job(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
     jobs: list[Job] = []
     with problems.collecting("stages"):
         jobs = jobs_with_controls(recipe)
-    return [job for job in jobs if job.seed == jobs[0].seed]
+    return jobs
+
+
+def _check_other_seeds(
+    jobs: Sequence[Job], model: CheckedModel | None, device: PlannedDevice, problems: ProblemList
+) -> None:
+    """Reports problems with the data of the seeds after the first, which split and sample it differently."""
+    for seed in dict.fromkeys(job.seed for job in jobs):
+        found = ProblemList()
+        data = DataCheck(None if model is None else model.tokenizer, found, None if model is None else model.images)
+        estimates = StageEstimates(None, data, found, 0, device, staged=True)
+        for job in jobs:
+            if job.seed != seed:
+                continue
+            with found.collecting(job.name):
+                if job.command in TRAINING_COMMANDS:
+                    estimates.training(job)
+                elif job.command == "eval":
+                    data.longest_question(job.recipe)
+                    data.retained(job.recipe)
+        for text in found.problems:
+            if text not in problems.problems:
+                problems.problem(f"seed {seed}, {text}")
 
 
 def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:

@@ -88,9 +88,11 @@ def test_answers_without_an_end_are_counted_among_used_records_only() -> None:
 def test_more_than_a_few_unusable_records_are_an_error(refused: int, overlong: int, records: int) -> None:
     issues = issues_of(refused)
     issues.records = issues.tokenised = records
-    issues.overlong = overlong
-    with pytest.raises(DataError, match="Too many records cannot be used") as caught:
-        issues.settle("skip", 0.01)
+    if overlong:
+        issues.count_overlong(overlong, "train.jsonl:17")
+    with pytest.raises(DataError, match="Training data: too many records cannot be used") as caught:
+        issues.settle("skip", 0.01, part="Training data")
+    assert caught.value.path == ("train.jsonl:17" if overlong else issues.refused[0].path)
     assert caught.value.key == "--bad-records-max"
     assert caught.value.expected == f"at most 1% of {records} records"
     assert str(caught.value.actual).startswith(f"{max(refused, overlong)} (")
@@ -102,6 +104,6 @@ def test_more_than_a_few_unusable_records_are_an_error(refused: int, overlong: i
 def test_a_few_unusable_records_are_left_out() -> None:
     issues = issues_of(2)
     issues.records = issues.tokenised = 200
-    issues.overlong = 2
+    issues.count_overlong(2, "train.jsonl:17")
     issues.settle("skip", 0.01)
     assert [line.split(" skipped")[0] for line in issues.lines(64)] == ["2 of 200 records", "2 of 200 records"]

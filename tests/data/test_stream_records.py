@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pyarrow
 import pytest
 from hypothesis import given
@@ -178,6 +179,7 @@ def test_csv_header_that_is_not_utf8_ends_the_reading(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not UTF-8") as caught:
         next(stream_records(path))
     assert caught.value.path == f"{path}:1"
+    assert str(path) not in {file.path for file in psutil.Process().open_files()}
 
 
 def test_json_text_that_is_not_utf8_ends_the_reading(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from mftctl.errors import ConfigError
 from mftctl.evaluation.engine_checks import check_engine
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.progress import Silence
 from mftctl.workflows.run_checks import check_jobs
 
 URL = "http://127.0.0.1:8000/v1"
@@ -57,5 +58,5 @@ def test_an_experiment_cannot_be_served_while_it_is_made(workspace: Any) -> None
     stages = {"fft": {"command": "fft"}, "results": {"command": "eval", "of": ["fft"]}}
     recipe = make_recipe(workspace, stages=stages, eval={"engine": "openai", "base_url": URL})
     with pytest.raises(ConfigError, match="cannot be completed") as caught:
-        check_jobs(spell_out(recipe))
+        check_jobs(spell_out(recipe), Silence())
     assert "a server cannot serve a model that the experiment has yet to make" in caught.value.problems[0]

@@ -12,6 +12,7 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, DataError, EvaluationError
+from mftctl.evaluation.suite import prepare_suite
 from mftctl.experiments.model_source import ModelSource
 from mftctl.progress import Silence
 from mftctl.workflows.apply import apply
@@ -43,6 +44,14 @@ def test_limit_and_no_generation(workspace: Path, tmp_path: Path) -> None:
     run, source = open_run(tmp_path, "eval", recipe)
     (dataset,) = evaluate(recipe, source, run, Silence()).document()["datasets"]
     assert [(metric["name"], metric["samples"]) for metric in dataset["metrics"]] == [("loss", 5)]
+
+
+def test_every_seed_measures_the_same_sample(workspace: Path) -> None:
+    data = {"test_data": [f"{workspace / 'test.jsonl'}=6"], "retain_data": [f"{workspace / 'val.jsonl'}=9"]}
+    suites = [prepare_suite(make_recipe(workspace, seed=seed, **data), Silence()) for seed in range(4)]
+    assert len(suites[0].examples) == 6
+    assert len({tuple(example.where for example in suite.examples) for suite in suites}) == 1
+    assert len({tuple(example.where for example in suite.retained) for suite in suites}) == 1
 
 
 @pytest.mark.slow

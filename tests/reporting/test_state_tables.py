@@ -128,6 +128,16 @@ def test_each_seed_is_paired_with_its_own_baseline(tmp_path: Path) -> None:
     assert (change.value, change.low, change.high) == pytest.approx((-0.5, -0.5, -0.5))
 
 
+def test_seeds_measured_on_different_samples_are_not_averaged(tmp_path: Path) -> None:
+    for seed, samples in enumerate((FFT, FFT[1:])):
+        fft = f"00{seed + 1}-fft"
+        write_evaluation(tmp_path, 10 + seed, "FFT", [fft], samples, seed=seed, stage="fft")
+        write_evaluation(tmp_path, 20 + seed, "MFT", [fft, f"00{seed + 3}-mask-train"], samples, seed=seed, stage="mft")
+    tables, problems = compare_runs(tmp_path)
+    assert row_of(tables[0], "MFT").change is None
+    assert problems == ["MFT: its seeds were not measured on the same samples"] * 2
+
+
 def test_single_run_has_no_spread(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 1, "pre-trained", [], FFT)
     [row] = table_of(tmp_path, "loss").rows

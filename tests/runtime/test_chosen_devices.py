@@ -170,7 +170,7 @@ def test_on_a_machine_without_a_gpu(workspace: Path) -> None:
 def test_an_experiment_reports_it_before_its_first_stage(workspace: Path) -> None:
     recipe = make_recipe(workspace, device="cuda:3")
     with pytest.raises(ConfigError, match="not available"):
-        check_jobs([Job("fft", "fft", "fft", 0, recipe)])
+        check_jobs([Job("fft", "fft", "fft", 0, recipe)], Silence())
 
 
 def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

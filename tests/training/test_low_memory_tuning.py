@@ -225,7 +225,7 @@ def test_without_bitsandbytes(
     assert (caught.value.key, caught.value.hint) == (key, 'pip install "mftctl[bitsandbytes]"')
     experiment = make_recipe(workspace, stages={"fft": {"command": "fft"}}, **changes)
     with pytest.raises(ConfigError, match="cannot be completed") as caught:
-        check_jobs(spell_out(experiment))
+        check_jobs(spell_out(experiment), Silence())
     assert "needs bitsandbytes" in caught.value.problems[0]
 
 

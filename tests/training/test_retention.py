@@ -28,6 +28,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.progress import Silence
 from mftctl.training import retention as module
+from mftctl.training.inputs import prepare_training
 from mftctl.training.loop import SftTrainer
 from mftctl.training.retained_data import RetainedData
 from mftctl.training.retention import Retention, summed_divergence
@@ -50,6 +51,15 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held_out(path: Path, model: Path, *, rest: bool = False) -> list[Encoded]:
     part = split_retained(load_examples([DataSource(str(path))]))[rest]
     return encode_records(part, AutoTokenizer.from_pretrained(model)).records
+
+
+def test_every_seed_retains_and_measures_the_same_sample(workspace: Path, other: Path) -> None:
+    digests = set()
+    for seed in range(3):
+        recipe = make_recipe(workspace, seed=seed, retain_data=[f"{other}=20"])
+        inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=64, retain_weight=1.0)
+        digests.add(inputs.digests.retained)
+    assert len(digests) == 1
 
 
 def losses(run: Run, kind: type[FftResult | MeasuredMask]) -> RetainedLosses:

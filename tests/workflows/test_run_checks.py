@@ -24,7 +24,7 @@ BETWEEN: dict[str, Any] = {"fft": FFT, "between": {"command": "interpolate", "af
 
 def problems_of(workspace: Path, stages: dict[str, Any], **changes: Any) -> tuple[str, ...]:
     with pytest.raises(ConfigError, match="cannot be completed") as caught:
-        check_jobs(spell_out(make_recipe(workspace, stages=stages, **changes)))
+        check_jobs(spell_out(make_recipe(workspace, stages=stages, **changes)), Silence())
     return caught.value.problems
 
 
@@ -36,7 +36,7 @@ def test_a_sound_experiment_passes(workspace: Path) -> None:
         "drop": {"command": "mask-train", "after": "fft", "set": {"mask_train.method": "drop"}},
         "results": {"command": "eval", "of": ["fft", "mft"]},
     }
-    check_jobs(spell_out(make_recipe(workspace, stages=stages)))
+    check_jobs(spell_out(make_recipe(workspace, stages=stages)), Silence())
 
 
 def test_layers_beyond_the_model(workspace: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_delta_mask_without_its_base(workspace: Path, command: str) -> None:
         "delta: kind delta needs the model before fine-tuning: put it after an fft stage, or set mask_train.base",
     )
     after = {"fft": FFT, "delta": {**stages["delta"], "after": "fft"}}
-    check_jobs(spell_out(make_recipe(workspace, stages=after)))
-    check_jobs(spell_out(make_recipe(workspace, stages=stages, mask_train__base="base")))
+    check_jobs(spell_out(make_recipe(workspace, stages=after)), Silence())
+    check_jobs(spell_out(make_recipe(workspace, stages=stages, mask_train__base="base")), Silence())
 
 
 def test_a_fast_probe_of_delta_masks(workspace: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_mask_on_an_adapter(workspace: Path) -> None:
         "mft: a mask needs a full model, but lora writes an adapter (fft.merge)",
     )
     merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
-    check_jobs(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
+    check_jobs(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})), Silence())
 
 
 def test_an_adapter_of_another_method(workspace: Path) -> None:
@@ -109,7 +109,9 @@ def test_an_adapter_of_another_method(workspace: Path) -> None:
     assert problems_of(workspace, {"shira": shira, "lora": lora}) == (
         "lora: shira writes an adapter of another method. Expected shira, got lora.",
     )
-    check_jobs(spell_out(make_recipe(workspace, stages={"shira": shira, "again": {**shira, "after": "shira"}})))
+    check_jobs(
+        spell_out(make_recipe(workspace, stages={"shira": shira, "again": {**shira, "after": "shira"}})), Silence()
+    )
 
 
 def test_a_support_that_does_not_fit(workspace: Path, tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_a_support_that_does_not_fit(workspace: Path, tmp_path: Path) -> None:
 def test_an_interpolation_without_its_base(workspace: Path) -> None:
     (problem,) = problems_of(workspace, {"between": {"command": "interpolate"}})
     assert "needs the model before fine-tuning" in problem
-    check_jobs(spell_out(make_recipe(workspace, stages=BETWEEN)))
+    check_jobs(spell_out(make_recipe(workspace, stages=BETWEEN)), Silence())
 
 
 def test_an_interpolation_to_an_adapter(workspace: Path) -> None:
@@ -169,14 +171,14 @@ def test_a_missing_model(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     recipe = make_recipe(workspace, stages={"fft": FFT}, model="./nowhere/at all")
     with pytest.raises(ModelError, match="no such model"):
-        check_jobs(spell_out(recipe))
+        check_jobs(spell_out(recipe), Silence())
 
 
 def test_a_configuration_that_is_not_json(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="configuration cannot be read"):
-        check_jobs(spell_out(make_recipe(workspace, stages={"fft": FFT}, model=str(tmp_path))))
+        check_jobs(spell_out(make_recipe(workspace, stages={"fft": FFT}, model=str(tmp_path))), Silence())
 
 
 def test_nothing_is_run_before_a_problem_is_reported(workspace: Path, tmp_path: Path) -> None:

@@ -213,7 +213,9 @@ def encode_prepared(
     remarks = _of_rows(numbers, rows, [table.remarks for table in tables], np.uint8)
     is_used = outcomes == Outcome.USED
     issues.tokenised += len(examples)
-    issues.overlong += int((outcomes == Outcome.OVERLONG).sum())
+    overlong = np.flatnonzero(outcomes == Outcome.OVERLONG)
+    if len(overlong):
+        issues.count_overlong(len(overlong), examples.where(int(overlong[0])))
     for index in np.flatnonzero(outcomes == Outcome.REFUSED):
         issues.refused.append(tables[numbers[index]].refused[int(rows[index])])
     for value, count in zip(*np.unique(remarks[is_used], return_counts=True), strict=True):

@@ -19,6 +19,7 @@ from mftctl.data.prepared.examples import data_digest
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import encode_prepared
 from mftctl.data.record_issues import RecordIssues
+from mftctl.data.sources import EVALUATION_SEED
 from mftctl.data.splits import sample_count, sample_fraction
 from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -185,9 +186,9 @@ def _training_records(corners: Corners, encoder: Encoder, count: int, listener: 
 
 def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listener) -> EncodedRecords:
     length, issues = recipe.eval.max_length_tokens, RecordIssues()
-    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[:count]
+    examples = load_examples(recipe.test_data, seed=EVALUATION_SEED, issues=issues)[:count]
     used = encode_part(examples, encoder, length, issues, listener)
-    issues.settle(recipe.bad_records, recipe.bad_records_max)
+    issues.settle(recipe.bad_records, recipe.bad_records_max, part="Test data")
     tell_issues("Test data", issues, length, listener)
     require_records("Test data", used.records, issues, length)
     return used

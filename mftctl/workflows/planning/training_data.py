@@ -21,7 +21,7 @@ from mftctl.data.prepared.records import answer_lengths, token_lengths, token_to
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.rendering import Segment
 from mftctl.data.retained import split_retained, without_training_records
-from mftctl.data.sources import DataSource
+from mftctl.data.sources import EVALUATION_SEED, DataSource
 from mftctl.data.splits import split_validation
 from mftctl.errors import DataError, MftError
 from mftctl.experiments.recipe import Recipe
@@ -156,6 +156,25 @@ class DataCheck:
             self._retained[key] = self._encode_retained(recipe)
         return self._retained[key]
 
+    def check_retained(self, recipe: Recipe, max_length_tokens: int, *, trains: bool) -> None:
+        """Tokenises the data to retain as a training does, which measures as many records as it validates on.
+
+        Args:
+            recipe: Names the data.
+            max_length_tokens: Length at which records are truncated.
+            trains: Whether the records that are not held out are trained on.
+        """
+        encoder, tokens = self._encoder(recipe), self.tokens(recipe, max_length_tokens)
+        if encoder is None or tokens is None:
+            return
+        parts, issues = self.parts(recipe), RecordIssues()
+        for examples in (
+            parts.retained[: len(tokens.validation)],
+            parts.retained_train if trains else parts.retained_train[:0],
+        ):
+            tokenize("retain_data", examples, encoder, max_length_tokens, issues, self._problems)
+        report_issues("retain_data", issues, recipe, max_length_tokens, self._problems)
+
     def _encode_retained(self, recipe: Recipe) -> Sequence[Encoded]:
         encoder = self._encoder(recipe)
         if encoder is None:
@@ -220,9 +239,9 @@ def read_parts(recipe: Recipe, problems: ProblemList) -> Parts:
     if recipe.val_data:
         issues["val_data"] = RecordIssues()
         validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], problems, kind=None)
-    test = _read("test_data", recipe.test_data, recipe.seed, issues["test_data"], problems)
+    test = _read("test_data", recipe.test_data, EVALUATION_SEED, issues["test_data"], problems)
     retained = held_out = retained_train = _read(
-        "retain_data", recipe.retain_data, recipe.seed, issues["retain_data"], problems
+        "retain_data", recipe.retain_data, EVALUATION_SEED, issues["retain_data"], problems
     )
     if len(train) and not recipe.val_data:
         with problems.collecting("val_fraction"):
