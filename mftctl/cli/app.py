@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -180,6 +181,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # On CPUs with AVX512-BF16, importing it, as peft does, recommends a package for inference in 4 bits.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    # peft 0.21 asks transformers 5 by the old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def main() -> None:

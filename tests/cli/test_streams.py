@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,12 @@ def test_a_librarys_advice_is_not_shown() -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before = logging.getLogger("bitsandbytes.backends").level
     try:
-        app._quiet_libraries()
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            app._quiet_libraries()
+            warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+            warnings.warn("another", FutureWarning, stacklevel=1)
+        assert [str(warning.message) for warning in shown] == ["another"]
         assert not logger.isEnabledFor(logging.WARNING)
         assert logger.isEnabledFor(logging.ERROR)
     finally:
