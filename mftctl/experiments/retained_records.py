@@ -36,9 +36,8 @@ def load_held_out(recipe: Recipe, issues: RecordIssues, listener: Listener) -> S
     try:
         return split_retained(examples)[0]
     except DataError:
-        issues.settle(
-            recipe.bad_records, recipe.bad_records_max, part=RETAINED_DATA
-        )  # they explain why there are so few
+        # Unusable records explain why there are so few.
+        issues.settle(recipe.bad_records, recipe.bad_records_max, part=RETAINED_DATA)
         raise
 
 
