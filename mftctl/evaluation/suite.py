@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,10 +112,24 @@ def prepare_suite(recipe: Recipe, listener: Listener) -> Suite:
             benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     if options.predictions is not None:
         return Suite([], RecordIssues(), benchmarks)
+    return replace(read_test_data(recipe, listener), benchmarks=benchmarks)
+
+
+def read_test_data(recipe: Recipe, listener: Listener) -> Suite:
+    """Reads the test data and the data to retain of a recipe, without its benchmarks.
+
+    Args:
+        recipe: With the limit in the `eval` section, `test_data` and `retain_data`.
+        listener: Receives progress updates.
+
+    Raises:
+        DataError: The data cannot be read, or no record of the data to retain is held out.
+    """
     issues, retained_issues = RecordIssues(), RecordIssues()
     examples = load_examples(recipe.test_data, seed=EVALUATION_SEED, issues=issues, listener=listener)
     retained = load_held_out(recipe, retained_issues, listener)
-    return Suite(examples[: options.limit], issues, benchmarks, retained[: options.limit], retained_issues)
+    limit = recipe.eval.limit
+    return Suite(examples[:limit], issues, [], retained[:limit], retained_issues)
 
 
 def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: Listener) -> SuiteRecords:

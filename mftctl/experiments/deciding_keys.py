@@ -78,7 +78,7 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
     if recipe.seed != EVALUATION_SEED and _samples_evaluation_data(recipe, command):
-        keys["evaluation_seed"] = EVALUATION_SEED  # earlier versions sampled with the recipe's seed
+        keys["evaluation_samples"] = "the same for every seed"  # in earlier versions, those of the recipe's seed
     if command == "probe" and recipe.probe.by != "loss":
         keys["eval"] = _of_score(recipe)
     for section, later in _OF_SECTIONS.items():
@@ -92,9 +92,15 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
 
 
 def _samples_evaluation_data(recipe: Recipe, command: str) -> bool:
-    """True if a command measures or retains a sample of the recipe's test data or data to retain."""
-    measured = (*recipe.retain_data, *(recipe.test_data if command == "eval" else ()))
-    return any(source.count is not None for source in measured)
+    """True if a command uses a sample of the recipe's test data or data to retain."""
+    options = recipe.fft if command == "fft" else recipe.mask_train
+    measures = command in ("fft", "mask-train") or (command == "delta" and recipe.delta.select == "learned")
+    during_training = measures and options.benchmark_every is not None
+    used = (
+        *(recipe.retain_data if measures or command in ("eval", "interpolate") else ()),
+        *(recipe.test_data if during_training or command == "eval" else ()),
+    )
+    return any(source.count is not None for source in used)
 
 
 def in_names_of_today(decides: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mftctl.masking.checkpoints.locate import local_folder
 from mftctl.masking.checkpoints.mask_support import check_support
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.masking.hub_masks import local_mask
+from mftctl.workflows.planning.data_uses import data_uses
 from mftctl.workflows.planning.mask_sizes import MaskEstimate
 from mftctl.workflows.planning.memory import resident_bytes
 from mftctl.workflows.planning.model_check import CheckedModel, ModelSummary, check_model
@@ -149,12 +150,11 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
     parts = data.parts(recipe)
     length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
-    _check_positions(tokens, model, problems)
     if tokens is not None and any_images(tokens.train):
         problems.warn("memory: the estimates do not cover the vision tower's work on images")
     estimates = StageEstimates(model, data, problems, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(job, estimates, problems) for job in jobs]
-    _check_other_seeds([job for job in all_jobs if job.seed != recipe.seed], model, device, problems)
+    _check_seeds(all_jobs, data, model, problems)
     if recipe.eval.tasks or recipe.eval.task_data:
         _check_suite(recipe, problems, "eval")
     counts = {
@@ -200,26 +200,42 @@ def _jobs(recipe: Recipe, problems: ProblemList) -> list[Job]:
     return jobs
 
 
-def _check_other_seeds(
-    jobs: Sequence[Job], model: CheckedModel | None, device: PlannedDevice, problems: ProblemList
-) -> None:
-    """Reports problems with the data of the seeds after the first, which split and sample it differently."""
-    for seed in dict.fromkeys(job.seed for job in jobs):
-        found = ProblemList()
-        data = DataCheck(None if model is None else model.tokenizer, found, None if model is None else model.images)
-        estimates = StageEstimates(None, data, found, 0, device, staged=True)
+def _check_seeds(jobs: Sequence[Job], first: DataCheck, model: CheckedModel | None, problems: ProblemList) -> None:
+    """Reports problems with the data of all seeds, which split and sample their training data differently.
+
+    Args:
+        jobs: The jobs of all seeds.
+        first: The data of the first seed.
+        model: The model, if its shapes can be determined.
+        problems: Receives the problems.
+    """
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    for seed in seeds:
+        found, data = (problems, first)
+        if seed != seeds[0]:
+            found = ProblemList()
+            data = DataCheck(None if model is None else model.tokenizer, found, None if model is None else model.images)
         for job in jobs:
-            if job.seed != seed:
+            if job.seed == seed:
+                _check_data(job, data, model, found)
+        if found is not problems:
+            for text in found.problems:
+                if text not in problems.problems:
+                    problems.problem(f"seed {seed}, {text}")
+
+
+def _check_data(job: Job, data: DataCheck, model: CheckedModel | None, problems: ProblemList) -> None:
+    """Reports problems with the data that a job uses."""
+    for use in data_uses(job):
+        with problems.collecting(job.name):
+            if use.kind is None:
+                recipe = use.recipe.model_copy(update={"eval": use.recipe.eval.model_copy(update={"limit": use.limit})})
+                data.longest_question(recipe)
+                data.retained(recipe)
                 continue
-            with found.collecting(job.name):
-                if job.command in TRAINING_COMMANDS:
-                    estimates.training(job)
-                elif job.command == "eval":
-                    data.longest_question(job.recipe)
-                    data.retained(job.recipe)
-        for text in found.problems:
-            if text not in problems.problems:
-                problems.problem(f"seed {seed}, {text}")
+            _check_positions(data.tokens(use.recipe, use.max_length_tokens), model, problems)
+            if use.retain_weight is not None and use.recipe.retain_data:
+                data.check_retained(use.recipe, use.max_length_tokens, trains=use.retain_weight > 0)
 
 
 def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:

@@ -330,19 +330,26 @@ def test_deciding_keys_change_only_with_settings_the_command_reads(command: str,
     assert not OF_RECORDS & plain.keys()  # so that runs of older versions are recognised
 
 
+ALL_USES = ("eval", "fft", "mask-train", "interpolate", "delta")
+
+
 @pytest.mark.parametrize(
     ("change", "commands"),
     [
         ({"test_data": ["t.jsonl=9"]}, {"eval"}),
-        ({"retain_data": ["t.jsonl=9"]}, {"eval", "fft", "mask-train"}),
+        ({"retain_data": ["t.jsonl=9"]}, {"eval", "fft", "mask-train", "interpolate"}),
+        ({"retain_data": ["t.jsonl=9"], "delta": {"select": "learned", "ratio": 0.5}}, set(ALL_USES)),
+        ({"test_data": ["t.jsonl=9"], "fft": {"benchmark_every": 5}}, {"eval", "fft"}),
         ({"test_data": ["t.jsonl"], "retain_data": ["t.jsonl"], "data": ["t.jsonl=9"]}, set()),
     ],
 )
 def test_results_of_versions_that_sampled_evaluation_data_by_the_seed_are_not_reused(
     change: dict[str, Any], commands: set[str]
 ) -> None:
-    for command in ("eval", "fft", "mask-train"):
-        is_marked = ["evaluation_seed" in deciding_keys(parse_recipe({"seed": n, **change}), command) for n in (0, 1)]
+    for command in ("probe", "apply", *ALL_USES):
+        is_marked = [
+            "evaluation_samples" in deciding_keys(parse_recipe({"seed": n, **change}), command) for n in (0, 1)
+        ]
         assert is_marked == [False, command in commands]
 
 

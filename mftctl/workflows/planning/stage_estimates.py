@@ -91,7 +91,7 @@ class StageEstimates:
         if not job.recipe.data:
             raise ConfigError("Training needs data.", key="data", expected="a file or a hub id", actual="none given")
         self._check_length(training_options(job))
-        self._check_data(job)
+        self._data.require_kind(job.recipe, training_options(job).record_kind)
         stage = self._with_steps(stage, job)
         if self._model is None:
             return stage
@@ -265,18 +265,6 @@ class StageEstimates:
                 tell = self._problems.problem if verdict is Verdict.NO else self._problems.warn
                 tell(f"{job.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
         self.memory.append(StageMemory(job.name, records, length_tokens, batches, found, room))
-
-    def _check_data(self, job: Job) -> None:
-        """Checks the kind of the records that a stage trains on, and the data to retain that it measures or trains on.
-
-        Raises:
-            DataError: All records of a part are of another kind.
-        """
-        options = training_options(job)
-        self._data.require_kind(job.recipe, options.record_kind)
-        if job.command != "probe" and job.recipe.retain_data:
-            trains = options.retain_weight > 0
-            self._data.check_retained(job.recipe, options.max_length_tokens, trains=trains)
 
     def _check_length(self, options: TrainingOptions) -> None:
         if self._model is None:

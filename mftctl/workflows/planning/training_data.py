@@ -101,6 +101,7 @@ class DataCheck:
         self._train: dict[tuple[str, int], Sequence[Encoded]] = {}
         self._questions: dict[Hashable, tuple[Sequence[Encoded], int] | None] = {}
         self._retained: dict[Hashable, Sequence[Encoded]] = {}
+        self._checked: set[Hashable] = set()
 
     def parts(self, recipe: Recipe) -> Parts:
         """The readable records of a recipe's files."""
@@ -165,13 +166,12 @@ class DataCheck:
             trains: Whether the records that are not held out are trained on.
         """
         encoder, tokens = self._encoder(recipe), self.tokens(recipe, max_length_tokens)
-        if encoder is None or tokens is None:
+        key = (_data_key(recipe), max_length_tokens, trains)
+        if encoder is None or tokens is None or key in self._checked:
             return
+        self._checked.add(key)
         parts, issues = self.parts(recipe), RecordIssues()
-        for examples in (
-            parts.retained[: len(tokens.validation)],
-            parts.retained_train if trains else parts.retained_train[:0],
-        ):
+        for examples in (parts.retained[: len(tokens.validation)], *([parts.retained_train] if trains else [])):
             tokenize("retain_data", examples, encoder, max_length_tokens, issues, self._problems)
         report_issues("retain_data", issues, recipe, max_length_tokens, self._problems)
 
@@ -282,8 +282,9 @@ def tokenize(
     if len(examples) > MOST_TOKENIZED:
         chosen = examples.take([index * len(examples) // MOST_TOKENIZED for index in range(MOST_TOKENIZED)])
         problems.skip(f"{key}: {MOST_TOKENIZED:,} of {len(examples):,} records were tokenised as a sample")
+    before = issues.overlong
     used = encode_all(chosen, encoder, max_length_tokens, issues)
-    if issues.overlong and not used.records:
+    if issues.overlong > before and not used.records:
         problems.problem(f"{key}: no record can be used at --max-length {max_length_tokens}")
     return used
 
