@@ -33,8 +33,7 @@ def data_problems(jobs: Sequence[Job], listener: Listener) -> Iterator[str]:
             uses.setdefault(use.key, (job, use))
     has_seeds = len({job.seed for job in jobs}) > 1
     told: set[str] = set()
-    for number, (job, use) in enumerate(uses.values()):
-        listener.progress(Progress("checking data", number, len(uses)))
+    for job, use in uses.values():
         try:
             with trusting_code(use.recipe.trust_remote_code):
                 _check(use, _OnlyProgress(listener))

@@ -145,3 +145,4 @@ def test_jobs_prepare_their_data_once_as_they_use_it(workspace: Path, monkeypatc
     recipe = make_recipe(workspace, stages=stages, seeds=(3, 4), trust_remote_code=True)
     assert not problems_of(recipe, Listening())
     assert calls == [(3, 1.0), (3, 0.5), (4, 1.0), (4, 0.5)]
+    assert shown == ["tokenising"] * 4
