@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ class Behaviour:
         failures: Statuses of the next completions; each is sent once.
         failing_from: Number of the completion from which on all of them fail with status 500.
         interrupting_at: Number of the completion at which Ctrl-C is pressed; it and all later ones get no answer.
+        silent_over_tokens: Longest answer that it gives; requests for longer ones get none until it closes.
         most_tokens: Where it cuts every answer.
         begins_texts: Whether it adds a token to prompts that are texts.
         body: Sent in place of every completion.
@@ -45,7 +47,8 @@ class Behaviour:
     key: str | None = None
     failures: list[int] = field(default_factory=list)
     failing_from: int | None = None
-    interrupting_at: int | None = None
+    interrupting_at: float = math.inf
+    silent_over_tokens: float = math.inf
     most_tokens: int | None = None
     begins_texts: bool = False
     body: str | None = None
@@ -121,19 +124,19 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.counting:
             server.asked.append(body)
+            number = len(server.asked)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:
             if self._is_allowed():
-                self._complete(body)
+                self._complete(body, number)
         finally:
             with server.counting:
                 server.at_once -= 1
 
-    def _complete(self, body: dict[str, Any]) -> None:
+    def _complete(self, body: dict[str, Any], number: int) -> None:
         how = self.server.behaviour
-        number = len(self.server.asked)
-        if how.interrupting_at is not None and number >= how.interrupting_at:
+        if number >= how.interrupting_at or body["max_tokens"] > how.silent_over_tokens:
             if number == how.interrupting_at:
                 os.kill(os.getpid(), signal.SIGINT)
             self.server.closing.wait()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mftctl.data.sources import EVALUATION_SEED
+from mftctl.experiments.fft_options import FftOptions
+from mftctl.experiments.mask_train_options import MaskTrainOptions
 from mftctl.experiments.presets import SETTLED
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.renamed import with_new_names
@@ -91,13 +93,20 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     return keys
 
 
+def measuring_training(recipe: Recipe, command: str) -> FftOptions | MaskTrainOptions | None:
+    """The options of a command's training, if it measures the data to retain and benchmarks on its way; else None."""
+    if command == "fft":
+        return recipe.fft
+    learns = command == "mask-train" and recipe.mask_train.method != "drop"
+    return recipe.mask_train if learns or (command == "delta" and recipe.delta.select == "learned") else None
+
+
 def _samples_evaluation_data(recipe: Recipe, command: str) -> bool:
     """True if a command uses a sample of the recipe's test data or data to retain."""
-    options = recipe.fft if command == "fft" else recipe.mask_train
-    measures = command in ("fft", "mask-train") or (command == "delta" and recipe.delta.select == "learned")
-    during_training = measures and options.benchmark_every is not None
+    training = measuring_training(recipe, command)
+    during_training = training is not None and training.benchmark_every is not None
     used = (
-        *(recipe.retain_data if measures or command in ("eval", "interpolate") else ()),
+        *(recipe.retain_data if training is not None or command in ("eval", "interpolate") else ()),
         *(recipe.test_data if during_training or command == "eval" else ()),
     )
     return any(source.count is not None for source in used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_ctrl_c_ends_requests_that_get_no_answer(
     [run], _ = list_runs(mftctl.folder / "runs")
     assert run.record.status == RunStatus.INTERRUPTED
 
-    server.behaviour.interrupting_at = None
+    server.behaviour.interrupting_at = math.inf
     before = len(server.answered)
     assert mftctl(*command, "--resume").code == 0
     assert 0 < len(server.answered) - before < PROBLEMS

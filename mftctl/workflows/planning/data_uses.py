@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from mftctl.data.examples import RecordKind
-from mftctl.experiments.deciding_keys import IN_THE_MODEL
+from mftctl.experiments.deciding_keys import IN_THE_MODEL, measuring_training
 from mftctl.experiments.jobs import Job
 from mftctl.experiments.recipe import Recipe
 from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, training_options
@@ -53,7 +53,7 @@ def data_uses(job: Job) -> Iterator[DataUse]:
     trains = (job.command in TRAINING_COMMANDS and not drops) or (job.command == "delta" and recipe.delta.needs_data)
     if trains and recipe.data:
         share = recipe.probe.data_fraction if job.command == "probe" else options.data_fraction
-        measures = job.command in ("fft", "mask-train") or (job.command == "delta" and recipe.delta.select == "learned")
+        measures = measuring_training(recipe, job.command) is not None
         weight = options.retain_weight if measures else None
         yield DataUse(recipe, options.max_length_tokens, options.record_kind, share, weight)
         if measures and options.benchmark_every is not None:

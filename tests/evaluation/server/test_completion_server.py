@@ -243,9 +243,9 @@ def test_a_failing_server_is_not_taken_for_one_without_likelihoods(model: LlamaF
 def test_requests_under_way_end_with_the_connection(model: LlamaForCausalLM) -> None:
     import threading
 
-    with connection(model) as (server, _):
+    with connection(model, Behaviour(silent_over_tokens=2)) as (server, _):
         ids = build_tokenizer()("one")["input_ids"]
-        long: Any = Question(ids, "one", stops=(), end_tokens=(), max_new_tokens=400)
+        long = Question(ids, "one", stops=(), end_tokens=(), max_new_tokens=3)
         short = Question(ids, "one", stops=(), end_tokens=(), max_new_tokens=2)
         answers = server.answers([short, long, long])
         assert next(answers)[0] == 0
