@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mftctl.errors import RunError
+from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.measured_lines import Sample
 from mftctl.experiments.run_contents import sample_lines, told
 from mftctl.experiments.run_folder import Run
 from mftctl.files.json_files import json_lines
 from mftctl.reporting.evaluation_runs import Maker, Measurement
+from mftctl.reporting.own_baseline import Pair, baseline_of, baseline_pairs
 from mftctl.reporting.paired_change import LOWER_IS_BETTER
-from mftctl.reporting.state_tables import baseline_of, baseline_pairs, makers_of, measured, newest, state_label
+from mftctl.reporting.state_tables import makers_of, measured, newest, state_label
 
 SHOWN_ANSWERS = 50
 """Problems won, and problems lost, that the page shows for a pair of evaluations; the file has all."""
@@ -113,10 +115,8 @@ def answer_changes(runs: Sequence[Run]) -> tuple[list[AnswerChanges], list[str]]
 
 def _of_group(group: Sequence[Measurement], makers: Mapping[str, Sequence[Maker]]) -> Iterator[AnswerChanges]:
     """The changes of all states, for one model, dataset and metric; none unless answers are right or wrong."""
-    baseline = baseline_of(group)
-    states = [item for item in group if item.state != baseline]
     read: dict[Path, dict[str, Sample]] = {}  # the baseline's samples are compared with those of every state
-    for before, after in _of_one_seed(baseline_pairs(states, group, baseline)):
+    for before, after in _of_one_seed(_pairs(group)):
         rows = [_samples(item, read) for item in (before, after)]
         metric = after.metric.name
         if rows[0].keys() != rows[1].keys() or not _are_right_or_wrong([*rows[0].values(), *rows[1].values()], metric):
@@ -142,7 +142,21 @@ def _of_group(group: Sequence[Measurement], makers: Mapping[str, Sequence[Maker]
         )
 
 
-def _of_one_seed(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[tuple[Measurement, Measurement]]:
+def _pairs(group: Sequence[Measurement]) -> list[Pair]:
+    """The evaluations of all states, each after its own baseline."""
+    baseline = baseline_of(group)
+    states: dict[tuple[str, Maker], list[Measurement]] = {}
+    for item in group:
+        if item.state != baseline:
+            states.setdefault((item.state, item.maker), []).append(item)
+    pairs: list[Pair] = []
+    for state in states.values():
+        with suppress(EvaluationError):  # reported where all states are compared with the baseline
+            pairs += baseline_pairs(state, group, baseline)
+    return pairs
+
+
+def _of_one_seed(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs without those of a pre-trained model with baselines of other seeds, if there is one of its own."""
     paired = {after.run.name for before, after in pairs if before.seed == after.seed}
     return [pair for pair in pairs if pair[0].seed == pair[1].seed or pair[1].run.name not in paired]

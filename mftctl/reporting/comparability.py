@@ -8,23 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel
-
-from mftctl.experiments.fft_options import FftOptions
-from mftctl.experiments.mask_train_options import MaskTrainOptions
-from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.results import MeasuredData
 from mftctl.experiments.run_folder import SOURCE, Run
 from mftctl.experiments.run_inputs import RunInputs
+from mftctl.reporting.run_settings import SECTIONS, settings_of
 
-_SECTIONS: dict[str, tuple[str, type[BaseModel]]] = {
-    "fft": ("fft", FftOptions),
-    "mask-train": ("mask_train", MaskTrainOptions),
-    "eval": ("eval", EvalOptions),
-}
 _DATA = ("data", "val_data", "val_fraction")
 _EQUAL_IN_TRAINING = ("max_length_tokens", "precision")
 _NOT_MEASURING = ("tasks", "task_data", "predictions", "save_samples", "unsafe_code")
@@ -124,7 +114,7 @@ def _aspects(measured: _Measured) -> dict[str, str]:
         commands.append(run.record.command)
         times = commands.count(run.record.command)
         of = run.record.command if times == 1 else f"{run.record.command} {times}"
-        for key, value in _settings(run).items():
+        for key, value in settings_of(run).items():
             if commands[-1] != "eval" or key not in _NOT_MEASURING:
                 found[f"{key} of {of}"] = _text(value)
         if commands[-1] != "eval":
@@ -220,8 +210,8 @@ def _difference_of_data(run: Run, reference: Run, part: Literal["train", "valida
 
 
 def _other_settings(one: _Measured, other: _Measured) -> Iterator[str]:
-    theirs = _settings(other.run)
-    for key, value in _settings(one.run).items():
+    theirs = settings_of(other.run)
+    for key, value in settings_of(one.run).items():
         if key not in _NOT_MEASURING and theirs.get(key) != value:
             yield f"Measured with eval.{key} {_text(value)}, the baseline with {_text(theirs.get(key))}"
     reference = other.fine_tuning()
@@ -235,14 +225,14 @@ def _other_settings(one: _Measured, other: _Measured) -> Iterator[str]:
 
 def _to_be_equal(run: Run, reference: Run) -> dict[str, tuple[object, object]]:
     """Settings of two training runs that must be equal because they are not part of a method."""
-    mine, theirs = _settings(run), _settings(reference)
-    keys = {f"{_SECTIONS[run.record.command][0]}.{key}": key for key in _EQUAL_IN_TRAINING}
+    mine, theirs = settings_of(run), settings_of(reference)
+    keys = {f"{SECTIONS[run.record.command][0]}.{key}": key for key in _EQUAL_IN_TRAINING}
     found: dict[str, tuple[object, object]] = {name: (mine[key], theirs[key]) for name, key in keys.items()}
     return {**found, "a batch of": (_records_a_step(run), _records_a_step(reference))}
 
 
 def _records_a_step(run: Run) -> int:
-    settings = _settings(run)
+    settings = settings_of(run)
     stated = settings.get("global_batch_size")
     if stated is not None:
         return int(stated)
@@ -263,21 +253,7 @@ def _own(one: _Measured, other: _Measured) -> list[Run]:
 def _own_trainings(one: _Measured, other: _Measured) -> list[Run]:
     """The runs of `_own` that learned from data."""
     own = [run for run in _own(one, other) if run in one.trainings]
-    return [run for run in own if run.record.command == "fft" or _settings(run)["method"] == "learned"]
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The configuration section that the run's command reads, with defaults for missing keys."""
-    section, _ = _SECTIONS[run.record.command]
-    return {**_defaults(run.record.command), **(run.record.config.get(section) or {})}
-
-
-@cache
-def _defaults(command: str) -> dict[str, Any]:
-    _, options = _SECTIONS[command]
-    values = {name: field.get_default(call_default_factory=True) for name, field in options.model_fields.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples as lists, as in a record
-    return plain
+    return [run for run in own if run.record.command == "fft" or settings_of(run)["method"] == "learned"]
 
 
 def _digests_by_name(run: Run) -> dict[str, str]:

@@ -34,12 +34,14 @@ class Cell:
         change: Change against the baseline; None for the baseline itself or if the samples differ.
         spread: Standard deviation over seeds; None with a single seed.
         runs: Names of the evaluation runs.
+        against: Names of the baseline's rows.
     """
 
     value: float
     change: Change | None
     spread: float | None = None
     runs: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def _overview(origin: str, tables: list[MetricTable]) -> Overview:
     domains = [BENCHMARKS[table.dataset].domain if table.dataset in BENCHMARKS else None for table in tables]
     placed = sorted(zip(domains, tables, strict=True), key=lambda pair: -1 if pair[0] is None else order.index(pair[0]))
     cells = [
-        {row.state: Cell(row.value, row.change, row.spread, row.runs) for row in table.rows} for _, table in placed
+        {row.state: Cell(row.value, row.change, row.spread, row.runs, row.against) for row in table.rows}
+        for _, table in placed
     ]
     longest = max((table for _, table in placed), key=lambda table: len(table.rows))
     states = dict.fromkeys([row.state for row in longest.rows] + [state for column in cells for state in column])

@@ -167,10 +167,12 @@ def _figures(tables: Sequence[MetricTable], runs: Sequence[Run], listener: Liste
 
 
 def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
-    """The table with flags on rows that are not comparable with the baseline."""
-    baseline = [by_name[name] for row in table.rows if row.is_baseline for name in row.runs]
+    """The table with flags on rows that are not comparable with their baseline."""
+    baselines = {row.state: row.runs for row in table.rows if row.is_baseline}
 
     def flagged(row: Row) -> Row:
+        own = (row.state,) if row.is_baseline else row.against or baselines
+        baseline = [by_name[name] for state in own for name in baselines.get(state, ())]
         return replace(row, flags=flags([by_name[name] for name in row.runs], baseline, by_name))
 
     return replace(table, rows=tuple(flagged(row) for row in table.rows))

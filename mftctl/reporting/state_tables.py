@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from statistics import fmean, stdev
@@ -12,9 +12,10 @@ from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_record import RunStatus
-from mftctl.experiments.state_names import FFT, PRE_TRAINED, State, known_state, place_of
+from mftctl.experiments.state_names import PRE_TRAINED, State, known_state, place_of
 from mftctl.progress import Listener, Progress
-from mftctl.reporting.evaluation_runs import Maker, Measurement, belong_together, measurements_of
+from mftctl.reporting.evaluation_runs import Maker, Measurement, measurements_of
+from mftctl.reporting.own_baseline import Pair, baseline_of, baseline_pairs, may_be_baseline
 from mftctl.reporting.paired_change import Change, paired_change
 from mftctl.reporting.strongest_control import AgainstControl, against_strongest, is_control
 
@@ -47,8 +48,9 @@ class Row:
         standard_error: Standard error of a single seed's value, averaged over seeds; None if no run reports one.
         samples: Number of records or problems measured.
         seeds: The seeds averaged over.
-        is_baseline: Whether this is the baseline for the other states.
-        change: Change against the baseline; None for the baseline itself or if the samples differ.
+        is_baseline: Whether this is a baseline for other states.
+        change: Change against its baseline; None for a baseline itself, without one, or if the samples differ.
+        against: Names of the baseline's rows; more than one if seeds were made from models of different rows.
         runs: Names of the evaluation runs.
         by_seed: The result of each run.
         flags: Differences from the baseline that affect comparability, other than those that define the method.
@@ -65,6 +67,7 @@ class Row:
     is_baseline: bool
     change: Change | None
     runs: tuple[str, ...]
+    against: tuple[str, ...] = ()
     by_seed: tuple[SeedResult, ...] = ()
     flags: tuple[str, ...] = ()
     made: State | None = None
@@ -212,20 +215,25 @@ def _table(
     ordered = sorted(states.values(), key=order)
     labels = [state_label(group[0].state, group[0].maker, makers[group[0].state]) for group in ordered]
     by_label = dict(zip(labels, ordered, strict=True))
+    names = {item.run.name: label for label, group in by_label.items() for item in group}
     for label, group in by_label.items():
         state = group[0].state
+        pairs: list[Pair] = []
         changes: list[Change | None] = [None] * (1 + len(group))
         is_baseline = state == baseline and may_be_baseline(group[0])
         if not is_baseline:
             parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
             try:
-                changes = [_change(part, measurements, metric, baseline) for part in parts]
+                pairs = baseline_pairs(group, measurements, baseline)
+                changes = [_change([pair for pair in pairs if pair[1] in part], metric) for part in parts]
             except (RunError, EvaluationError) as error:
                 problems.append(told(error, label))
         row = _row(label, group, changes, is_baseline=is_baseline)
+        against = dict.fromkeys(names[base.run.name] for base, _ in pairs)
+        row = replace(row, against=tuple(against))
         # The strongest control is the one that learned most; on data to retain it would be one that forgot least.
         if not (is_control(state) or state == PRE_TRAINED or _is_retained(group[0])):
-            control = against_strongest(group, by_label, metric, baseline=baseline, baseline_change=row.change)
+            control = against_strongest(group, by_label, metric, pairs, row.change)
             row = replace(row, against_control=control)
         rows.append(row)
         advance(len(group))
@@ -246,11 +254,6 @@ def is_retained(dataset: str, *, is_benchmark: bool) -> bool:
 
 def _is_retained(item: Measurement) -> bool:
     return is_retained(item.dataset.name, is_benchmark=item.dataset.task is not None)
-
-
-def may_be_baseline(item: Measurement) -> bool:
-    """True unless it is a control that `run` added, which for a mask of a given model is its first fine-tuning."""
-    return not item.run.record.chose_its_model
 
 
 def state_label(state: str, maker: Maker, makers: Sequence[Maker]) -> str:
@@ -291,28 +294,6 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
     )
 
 
-def baseline_of(measurements: Sequence[Measurement]) -> str:
-    """The state that the others are compared with: FFT, or without it the pre-trained model."""
-    return FFT if any(may_be_baseline(item) and item.state == FFT for item in measurements) else PRE_TRAINED
-
-
-def baseline_pairs(
-    group: Iterable[Measurement], others: Iterable[Measurement], baseline: str
-) -> list[tuple[Measurement, Measurement]]:
-    """The evaluations of a state, each after its own baseline.
-
-    Args:
-        group: Evaluations of the state.
-        others: All evaluations on the same data.
-        baseline: The state to compare with.
-    """
-    candidates = [item for item in others if item.state == baseline and may_be_baseline(item)]
-    return [(base, item) for item in group for base in candidates if belong_together(base, item)]
-
-
-def _change(group: Sequence[Measurement], others: Iterable[Measurement], metric: str, baseline: str) -> Change | None:
+def _change(pairs: Sequence[Pair], metric: str) -> Change | None:
     """The change of a state: each run is paired by sample with its own baseline, then averaged over seeds."""
-    pairs = baseline_pairs(group, others, baseline)
-    if not pairs:
-        return None
-    return paired_change([(base.samples(), item.samples()) for base, item in pairs], metric)
+    return paired_change([(base.samples(), item.samples()) for base, item in pairs], metric) if pairs else None

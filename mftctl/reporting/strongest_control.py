@@ -8,7 +8,8 @@ from statistics import fmean
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.state_names import known_state
-from mftctl.reporting.evaluation_runs import Measurement, belong_together
+from mftctl.reporting.evaluation_runs import Measurement
+from mftctl.reporting.own_baseline import Pair
 from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change, paired_change
 
 
@@ -37,8 +38,7 @@ def against_strongest(
     group: Sequence[Measurement],
     groups: Mapping[str, Sequence[Measurement]],
     metric: str,
-    *,
-    baseline: str,
+    baseline: Sequence[Pair],
     baseline_change: Change | None,
 ) -> AgainstControl | None:
     """The paired change of a state against the control with the best value on the same samples.
@@ -50,8 +50,8 @@ def against_strongest(
         group: The evaluations of the state, one per seed.
         groups: All evaluations by the name of their row.
         metric: The metric's name, which determines whether lower or higher is better.
-        baseline: State that changes are otherwise measured against.
-        baseline_change: The change against that state, if known.
+        baseline: The state's evaluations after those of its baseline.
+        baseline_change: The change against its baseline, if known.
     """
     paired = {}
     for name, others in groups.items():
@@ -62,7 +62,7 @@ def against_strongest(
     sign = 1 if metric in LOWER_IS_BETTER else -1
     by_value = sorted(paired, key=lambda name: sign * fmean(other.metric.value for other, _ in paired[name]))
     for name in by_value:
-        is_baseline = all(other.state == baseline and belong_together(other, item) for other, item in paired[name])
+        is_baseline = _runs(paired[name]) == _runs(baseline)
         if is_baseline and baseline_change is not None:
             return AgainstControl(name, baseline_change, is_baseline)
         try:
@@ -83,6 +83,10 @@ def same_objective(control: str, state: str) -> bool:
     known = [known_state(label) for label in (control, state)]
     objectives = {one is not None and one.is_preference for one in known}
     return len(objectives) == 1
+
+
+def _runs(pairs: Sequence[Pair]) -> set[tuple[str, str]]:
+    return {(other.run.name, item.run.name) for other, item in pairs}
 
 
 def _saw_the_same(control: Measurement, item: Measurement) -> bool:

@@ -49,7 +49,7 @@ def test_cells_are_those_of_the_tables(tmp_path: Path) -> None:
     for place, column in enumerate(overview.columns):
         [table] = [table for table in tables if (table.dataset, table.metric) == (column.dataset, column.metric)]
         assert [cells[place] for _, cells in overview.rows] == [
-            Cell(row.value, row.change, row.spread, row.runs) for row in table.rows
+            Cell(row.value, row.change, row.spread, row.runs, row.against) for row in table.rows
         ]
 
 

@@ -24,6 +24,8 @@ def write_training(
     parents: Sequence[str] = (),
     result: Mapping[str, Any] | None = None,
     error: str | None = None,
+    fft: Mapping[str, Any] | None = None,
+    data: str = "train.jsonl",
 ) -> Path:
     """Writes a new training run of one epoch, with 2 records and 100 tokens per step and a validation at its end."""
     folder = root / f"{number:03d}-{command}"
@@ -44,7 +46,7 @@ def write_training(
         "command": command,
         "status": status,
         "started": "2025-01-01T00:00:00+00:00",
-        "config": {"seed": seed, "data": ["train.jsonl"], "fft": {}, "mask_train": {}},
+        "config": {"seed": seed, "data": [data], "fft": {**(fft or {})}, "mask_train": {}},
         "recipe": recipe,
         "stage": stage,
         "inputs": {

@@ -166,7 +166,9 @@ def _panels(
         points, unreadable = _points(table.rows, command, option, by_name)
         problems += unreadable
         if lines := _lines(points):
-            baselines = tuple(row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name))
+            drawn = [point.row for line in lines for point in line.points]
+            against = {name for row in drawn for name in row.against}
+            baselines = tuple(row for row in table.rows if row.state in against and row not in drawn)
             panels.append(_Panel(table, lines, baselines))
     return panels, problems
 
@@ -261,16 +263,6 @@ def _label(line: Sequence[_Point], alike: Sequence[Sequence[_Point]]) -> str:
     keys = [key for key in own if len({json.dumps(other.get(key)) for other in settings}) > 1]
     told = [f"{key}={own[key]}" for key in keys if not isinstance(own[key], list | dict)]
     return f"{state} ({', '.join(told[:2]) or line[0].row.runs[0]})"
-
-
-def _is_baseline_of(row: Row, lines: Sequence[_SweptLine], by_name: Mapping[str, Run]) -> bool:
-    """True if the lines are compared with this baseline."""
-    compared = [settings for line in lines for point in line.points for settings in point.settings.values()]
-    made = [_made_by(by_name[name]) for name in row.runs if name in by_name]
-    if any(settings["started from"] == names for settings in compared for names in made):
-        return True
-    data = [by_name[names[-1]].record.config.get("data") for names in made if names and names[-1] in by_name]
-    return any(not settings["started from"] and settings["data"] in data for settings in compared)
 
 
 def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]) -> Figure:

@@ -45,6 +45,10 @@ def _is_control(row: Row) -> bool:
     return row.made is not None and row.made.is_plain_training
 
 
+def _baseline(table: MetricTable, row: Row) -> str:
+    return ", ".join(row.against) or table.baseline
+
+
 def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
     if row.change is None:
         raise ValueError(f"{row.state} has no change to report")
@@ -56,15 +60,15 @@ def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
         change = row.change
         text = (
             f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
-            f" against {table.baseline if found is None else found.control}: {change.verdict} ({measured})."
+            f" against {_baseline(table, row) if found is None else found.control}: {change.verdict} ({measured})."
         )
         if found is not None and sum(1 for other in table.rows if _is_control(other)) == 1:
             text += " No other control was measured."
         return Headline(text, change.verdict, row.runs)
-    change = found.change
+    change, baseline = found.change, _baseline(table, row)
     text = (
         f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
-        f" against {found.control}, its strongest control: {change.verdict} ({measured}). Against {table.baseline}:"
+        f" against {found.control}, its strongest control: {change.verdict} ({measured}). Against {baseline}:"
         f" {row.change.value:+.4f} {interval_text(row.change)}, {row.change.verdict}."
     )
     if row.change.verdict == "better" and change.verdict != "better":

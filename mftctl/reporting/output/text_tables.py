@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mftctl.experiments.state_names import FFT
@@ -64,9 +64,13 @@ def metric_text(table: MetricTable, *, by_seed: bool = False) -> TextTable:
         by_seed: Whether to add one line per seed below a state with several seeds.
     """
     has_controls = any(row.against_control is not None for row in table.rows)
+    has_several_baselines = sum(row.is_baseline for row in table.rows) > 1
     rows = []
     for row in table.rows:
-        rows.append(_metric_row(row.state, value_text(row), row.change, row, row.runs, _control_cells(row)))
+        cells = _metric_row(row.state, value_text(row), row.change, row, row.runs, _control_cells(row))
+        if row.change is not None and has_several_baselines:
+            cells = (*cells[:2], replace(cells[2], detail=_against(row.against)), *cells[3:])
+        rows.append(cells)
         for single in row.by_seed if by_seed and len(row.by_seed) > 1 else ():
             name, value = f"  seed {single.seed}", f"{single.value:.4f}"
             rows.append(_metric_row(name, value, single.change, row, (single.run,), _NO_CONTROL))
@@ -95,6 +99,10 @@ def _metric_row(
     )
 
 
+def _against(baselines: Iterable[str]) -> str:
+    return f"against {', '.join(dict.fromkeys(baselines))}"
+
+
 def _control_cells(row: Row) -> tuple[TextCell, ...]:
     """The change against the strongest control, with the control's name, and the verdict."""
     found = row.against_control
@@ -103,7 +111,7 @@ def _control_cells(row: Row) -> tuple[TextCell, ...]:
     change_text, verdict_text = change_texts(found.change, is_baseline=False)
     verdict = "" if found.change.verdict == "within noise" else found.change.verdict
     return (
-        TextCell(change_text, detail=f"against {found.control}", verdict=verdict, runs=row.runs),
+        TextCell(change_text, detail=_against([found.control]), verdict=verdict, runs=row.runs),
         TextCell(verdict_text, verdict=verdict),
     )
 
@@ -119,9 +127,12 @@ def flag_lines(table: MetricTable) -> list[tuple[str, str]]:
 
 def overview_text(overview: Overview) -> TextTable:
     """All states on all data, with a mark on changes beyond noise."""
+    against = [[name for cell in cells if cell is not None for name in cell.against] for _, cells in overview.rows]
+    has_several_baselines = len({name for names in against for name in names}) > 1
     rows = []
-    for state, cells in overview.rows:
-        rows.append((TextCell(state), *map(_overview_cell, cells)))
+    for (state, cells), names in zip(overview.rows, against, strict=True):
+        detail = _against(names) if names and has_several_baselines else ""
+        rows.append((TextCell(state, detail), *map(_overview_cell, cells)))
     return TextTable(
         slug(f"all states of {Path(overview.origin).name}"),
         overview_title(overview),
