@@ -94,11 +94,11 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
 
 
 def measuring_training(recipe: Recipe, command: str) -> FftOptions | MaskTrainOptions | None:
-    """The options of a command's training, if it measures the data to retain and benchmarks on its way; else None."""
+    """The options of a command's training, if that may measure the data to retain and benchmarks; else None."""
     if command == "fft":
         return recipe.fft
-    learns = command == "mask-train" and recipe.mask_train.method != "drop"
-    return recipe.mask_train if learns or (command == "delta" and recipe.delta.select == "learned") else None
+    validates = command == "mask-train" and recipe.mask_train.method != "drop"
+    return recipe.mask_train if validates or (command == "delta" and recipe.delta.select == "learned") else None
 
 
 def _samples_evaluation_data(recipe: Recipe, command: str) -> bool:

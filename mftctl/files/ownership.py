@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -203,13 +203,14 @@ def _remove_unchanged(path: Path, digests: list[str], top: Path) -> None:
             path.parent.rmdir()
 
 
-def require_free(folder: Path, names: list[str], kind: Kind) -> None:
+def require_free(folder: Path, names: list[str], kind: Kind, *, folders: Sequence[str] = ()) -> None:
     """Checks that writing files into a folder would not replace files of the user.
 
     Args:
         folder: The folder, which may be missing.
         names: Paths in the folder.
         kind: The kind of result.
+        folders: Folders in it that will be written to.
 
     Raises:
         OutputError: A file of the user would be replaced.
@@ -221,7 +222,7 @@ def require_free(folder: Path, names: list[str], kind: Kind) -> None:
     marker = _read_marker(folder)
     if os.path.lexists(folder / MARKER) and (marker is None or marker.kind != kind):
         taken.append(MARKER)
-    parents = {Path(name).parts[0] for name in names if len(Path(name).parts) > 1}
+    parents = {*folders, *(Path(name).parts[0] for name in names if len(Path(name).parts) > 1)}
     taken += [name for name in sorted(parents) if os.path.lexists(folder / name) and not _is_real_folder(folder / name)]
     if taken:
         more = f" and {len(taken) - _MOST_NAMED} more" if len(taken) > _MOST_NAMED else ""

@@ -119,7 +119,9 @@ def _of_group(group: Sequence[Measurement], makers: Mapping[str, Sequence[Maker]
     for before, after in _of_one_seed(_pairs(group)):
         rows = [_samples(item, read) for item in (before, after)]
         metric = after.metric.name
-        if rows[0].keys() != rows[1].keys() or not _are_right_or_wrong([*rows[0].values(), *rows[1].values()], metric):
+        if rows[0].keys() != rows[1].keys():
+            continue
+        if not _are_right_or_wrong([*rows[0].values(), *rows[1].values()], metric):
             return
         won: list[ChangedAnswer] = []
         lost: list[ChangedAnswer] = []

@@ -52,11 +52,13 @@ class Overview:
         origin: The pre-trained model.
         columns: The columns, ordered by domain.
         rows: One row per state with one cell per column; None if not measured.
+        has_several_baselines: Whether the states are compared with several fine-tuned models.
     """
 
     origin: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    has_several_baselines: bool = False
 
 
 def overviews(tables: Sequence[MetricTable]) -> list[Overview]:
@@ -101,4 +103,5 @@ def _overview(origin: str, tables: list[MetricTable]) -> Overview:
         origin,
         tuple(Column(domain, table.dataset, table.metric) for domain, table in placed),
         tuple((state, tuple(column.get(state) for column in cells)) for state in states),
+        any(table.has_several_baselines for table in tables),
     )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from mftctl.errors import EvaluationError
+from mftctl.experiments.deciding_keys import in_names_of_today
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.state_names import FFT, PRE_TRAINED
-from mftctl.reporting.evaluation_runs import Measurement, belong_together
-from mftctl.reporting.run_settings import settings_of
-
-Settings = frozenset[tuple[str, str]]
-"""Data and settings of a fine-tuning, each value as JSON."""
+from mftctl.reporting.evaluation_runs import Maker, Measurement, belong_together
 
 Pair = tuple[Measurement, Measurement]
 """The evaluation of a baseline, and that of a state."""
 
-_OwnBaselines = Sequence[tuple[Measurement, Sequence[Measurement]]]
+_DATA = ("data", "val_data", "val_fraction", "revision", "learn", "bad_records", "files")
+_TEMPLATE = ("chat_template", "template_args", "merge_system")
+_OF_SPEED = ("benchmark_every", "benchmark_limit", "gradient_checkpointing")
 
 
 def baseline_of(measurements: Sequence[Measurement]) -> str:
@@ -30,10 +30,11 @@ def may_be_baseline(item: Measurement) -> bool:
 
 
 def baseline_pairs(group: Sequence[Measurement], others: Iterable[Measurement], baseline: str) -> list[Pair]:
-    """The evaluations of a state, each after its own baseline.
+    """The evaluations of a state, each after those of its own baseline.
 
-    A state that was made from none of several fine-tuned models, such as GMT, is compared with the one whose settings
-    are most like its own, then with that of the same recipe.
+    A state made from a fine-tuned model is compared with that model. For any other, such as GMT, one row of several
+    fine-tuned models is chosen: the one that differs from it in the fewest settings; among equals, that of the same
+    recipe, then that of the same seeds.
 
     Args:
         group: Evaluations of the state, one per seed.
@@ -41,50 +42,56 @@ def baseline_pairs(group: Sequence[Measurement], others: Iterable[Measurement], 
         baseline: The state to compare with.
 
     Raises:
-        EvaluationError: Several fine-tuned models fit equally well.
+        EvaluationError: Several rows fit equally well.
     """
     candidates = [item for item in others if item.state == baseline and may_be_baseline(item)]
-    settings = {item.run.name: _settings(item) for item in (*candidates, *group)}
-    own = [(item, [base for base in candidates if belong_together(base, item)]) for item in group]
-    if any(len({settings[base.run.name] for base in bases}) > 1 for _, bases in own):
-        chosen = _most_alike(own, settings)
-        own = [(item, [base for base in bases if settings[base.run.name] == chosen]) for item, bases in own]
-    return [(base, item) for item, bases in own for base in _of_its_recipe(bases, item)]
+    pairs = [(base, item) for item in group for base in candidates if belong_together(base, item)]
+    rows: dict[Maker, list[Pair]] = {}
+    for base, item in pairs:
+        rows.setdefault(base.maker, []).append((base, item))
+    if len(rows) < 2 or all(_is_made_from(base, item) for base, item in pairs):
+        return pairs
+    distances = {row: _distance(of_row) for row, of_row in rows.items()}
+    are_known = None not in distances.values()
+    ranks = {row: (distances[row] if are_known else 0, *_strangeness(of_row, group)) for row, of_row in rows.items()}
+    nearest = [row for row, rank in ranks.items() if rank == min(ranks.values())]
+    if len(nearest) > 1:
+        names = ", ".join(": ".join(filter(None, row)) for row in nearest)
+        raise EvaluationError(f"not compared, since several fine-tuned models fit equally well: {names}")
+    return rows[nearest[0]]
 
 
-def _most_alike(own: _OwnBaselines, settings: Mapping[str, Settings]) -> Settings:
-    """The settings of the fine-tuned models to compare with, among those that every seed could be compared with.
-
-    Raises:
-        EvaluationError: Several fit equally well, or none.
-    """
-    item = own[0][0]
-    mine = settings[item.run.name]
-    recipes: dict[Settings, set[str | None]] = {}
-    for _, bases in own:
-        for base in bases:
-            recipes.setdefault(settings[base.run.name], set()).add(base.run.record.recipe)
-    of_each = ({settings[base.run.name] for base in bases} for _, bases in own if bases)
-    common = set.intersection(*of_each)
-    distances = {
-        theirs: (len(theirs - mine) if mine else 0, item.run.record.recipe not in recipes[theirs]) for theirs in common
-    }
-    nearest = [theirs for theirs, distance in distances.items() if distance == min(distances.values())]
-    if len(nearest) != 1:
-        names = dict.fromkeys(base.run.name for _, bases in own for base in bases)
-        raise EvaluationError(f"no change, since several baselines fit equally well: {', '.join(names)}")
-    return nearest[0]
+def _is_made_from(base: Measurement, item: Measurement) -> bool:
+    parents = item.lineage.parents
+    return base.lineage.parents == parents[:1] if parents else item.state != PRE_TRAINED
 
 
-def _of_its_recipe(bases: Sequence[Measurement], item: Measurement) -> Sequence[Measurement]:
-    """The baselines of the same recipe, if there are any."""
-    return [base for base in bases if base.run.record.recipe == item.run.record.recipe] or bases
+def _strangeness(of_row: Sequence[Pair], group: Sequence[Measurement]) -> tuple[bool, bool]:
+    """Whether a row is of another recipe than a state, and whether it lacks one of its seeds."""
+    recipes = [{item.run.record.recipe for item in side} for side in ([base for base, _ in of_row], group)]
+    return recipes[0].isdisjoint(recipes[1]), not {item.seed for item in group} <= {base.seed for base, _ in of_row}
 
 
-def _settings(item: Measurement) -> Settings:
-    """Data and settings of the first fine-tuning of a state: its name if its run is missing, nothing without one."""
-    tuned = [run for run in item.made_by if run.record.command == "fft"]
+def _distance(of_row: Sequence[Pair]) -> int | None:
+    """The number of settings in which a state differs from a row; None if they are not recorded."""
+    for base, item in of_row:
+        theirs, mine = _settings(base), _settings(item)
+        if base.seed == item.seed and theirs and mine:
+            return sum(theirs.get(key) != mine.get(key) for key in theirs.keys() | mine.keys())
+    return None
+
+
+def _settings(item: Measurement) -> dict[str, str]:
+    """What determined the first fine-tuning of a state, as JSON by name; empty without one or without its run."""
+    tuned = [run for run in item.made_by[:1] if run.record.command == "fft"]
     if not tuned:
-        return frozenset({("maker", json.dumps(item.maker))} if item.lineage.parents else ())
-    found = {"data": tuned[0].record.config.get("data"), **settings_of(tuned[0])}
-    return frozenset((key, json.dumps(value)) for key, value in found.items())
+        return {}
+    decides = in_names_of_today(tuned[0].record.decides)
+    section = decides.get("fft")
+    if not isinstance(section, dict):
+        return {}
+    section["records_a_step"] = [section.pop("batch_size", None), section.pop("grad_accum_steps", None)]
+    found = {key: decides[key] for key in (*_DATA, *_TEMPLATE) if key in decides}
+    found |= {f"fft.{key}": value for key, value in section.items() if key not in _OF_SPEED}
+    found["digest"] = RunInputs.read(tuned[0].record.inputs).of_part("train")[0]
+    return {key: json.dumps(value, sort_keys=True) for key, value in found.items()}

@@ -171,7 +171,9 @@ def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
     baselines = {row.state: row.runs for row in table.rows if row.is_baseline}
 
     def flagged(row: Row) -> Row:
-        own = (row.state,) if row.is_baseline else row.against or baselines
+        own = (row.state,) if row.is_baseline else row.against
+        if not own and len(baselines) == 1:  # then the flags say why it could not be compared
+            own = tuple(baselines)
         baseline = [by_name[name] for state in own for name in baselines.get(state, ())]
         return replace(row, flags=flags([by_name[name] for name in row.runs], baseline, by_name))
 

@@ -95,6 +95,11 @@ class MetricTable:
     is_benchmark: bool = False
 
     @property
+    def has_several_baselines(self) -> bool:
+        """True if the states are compared with several fine-tuned models, each with its own."""
+        return sum(row.is_baseline for row in self.rows) > 1
+
+    @property
     def is_retained(self) -> bool:
         """True for the data to retain, which shows what a model forgets rather than what it learned."""
         return is_retained(self.dataset, is_benchmark=self.is_benchmark)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from mftctl.masking.checkpoints.adapter_saving import without_lookup
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.checkpoints.tensors import tensor_index
@@ -84,7 +85,8 @@ class UpdateTrainer(SftTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.sharded_model is not None:
             state_dict = model_state(self.sharded_model, cast("PreTrainedModel", self.model))
-        super()._save(output_dir, state_dict)
+        with without_lookup(cast("PreTrainedModel | PeftModel", self.model)):
+            super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.sharded_model is None:

@@ -21,6 +21,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import fine_tuned_state
 from mftctl.files.atomic import atomic_folder, known_failures
 from mftctl.files.ownership import Kind, permit_folder, write_marker
+from mftctl.masking.checkpoints.adapter_saving import without_lookup
 from mftctl.masking.checkpoints.carried_parts import carry_over, copy_processor, parts_left_out
 from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter
@@ -128,7 +129,7 @@ def save_model(
             known_failures(folder),
             atomic_folder(folder, permit_folder(Kind.MODEL, replace=replace)) as temporary,
         ):
-            with quiet_transformers():
+            with quiet_transformers(), without_lookup(model):
                 model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(temporary)
             copy_processor(goes_with.checkpoint, temporary)

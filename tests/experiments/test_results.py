@@ -103,15 +103,20 @@ def test_samples_and_groups_of_version_1_are_read_typed() -> None:
 def test_the_report_of_folders_of_version_1_is_unchanged() -> None:
     """The numbers are those that mftctl computed from these folders before results were typed.
 
-    Comparisons with the strongest control, the headlines that quote them, changed answers, and preferences were added
-    later.
+    Names of baselines, comparisons with the strongest control, the headlines that quote them, changed answers, and
+    preferences were added later.
     """
     text = json.dumps(to_document(make_report(FOLDERS, Silence())), default=str)
     found = json.loads(text.replace(json.dumps(str(FOLDERS))[1:-1], "RUNS"))
     expected = json.loads((FOLDERS / "report.json").read_text(encoding="utf-8"))
     for table in found["tables"]:
         for row in table["rows"]:
-            del row["against_control"]
+            del row["against_control"], row["against"]
+    for overview in found["overviews"]:
+        assert not overview.pop("has_several_baselines")
+        for _, cells in overview["rows"]:
+            for cell in cells:
+                del cell["against"]
     del found["headlines"], expected["headlines"], found["answers"]
     assert found.pop("preferences") == []
     # From Python 3.12 on, `sum` compensates for rounding errors of floats.

@@ -78,14 +78,16 @@ def test_states_are_called_as_in_the_tables(tmp_path: Path) -> None:
 def test_a_pre_trained_model_is_compared_with_the_baseline_of_its_seed(tmp_path: Path) -> None:
     for seed in range(2):
         evaluation(tmp_path, 10 * seed, "pre-trained", [], [False, False], seed=seed)
-        evaluation(tmp_path, 10 * seed + 2, "FFT", [f"{10 * seed + 1:03d}-fft"], [True, seed == 1], seed=seed)
+        evaluation(
+            tmp_path, 10 * seed + 2, "FFT", [f"{10 * seed + 1:03d}-fft"], [True, seed == 1], seed=seed, stage="fft"
+        )
     assert [(found.seed, len(found.lost)) for found in changes(tmp_path)] == [(0, 1), (1, 2)]
 
 
 def test_a_pre_trained_model_of_another_seed_is_compared_with_all(tmp_path: Path) -> None:
     evaluation(tmp_path, 1, "pre-trained", [], [False, False], seed=5)
-    evaluation(tmp_path, 3, "FFT", ["002-fft"], [True, False], seed=0)
-    evaluation(tmp_path, 5, "FFT", ["004-fft"], [True, True], seed=1)
+    evaluation(tmp_path, 3, "FFT", ["002-fft"], [True, False], seed=0, stage="fft")
+    evaluation(tmp_path, 5, "FFT", ["004-fft"], [True, True], seed=1, stage="fft")
     assert [(found.seed, len(found.lost)) for found in changes(tmp_path)] == [(5, 1), (5, 2)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,7 +91,20 @@ def test_several_fine_tunings_that_fit_equally_well_are_not_averaged(tmp_path: P
     write_state(tmp_path, 3, "pre-trained", 0.9, stage="base")
     rows, problems = rows_of(tmp_path)
     assert (rows["pre-trained"].change, rows["pre-trained"].against) == (None, ())
-    assert set(problems) == {"pre-trained: no change, since several baselines fit equally well: 101-eval, 102-eval"}
+    told = "pre-trained: not compared, since several fine-tuned models fit equally well: r: fft, r: strong"
+    assert set(problems) == {told}
+
+
+@pytest.mark.parametrize("same", [{}, {"benchmark_every": 10}])
+def test_two_fine_tunings_with_the_same_effective_settings_are_not_averaged(
+    tmp_path: Path, same: dict[str, object]
+) -> None:
+    write_state(tmp_path, 1, "FFT", 0.5, {"epochs": 1}, stage="fft")
+    write_state(tmp_path, 2, "FFT", 0.3, {"epochs": 1, **same}, stage="again")
+    write_state(tmp_path, 3, "GMT", 0.4, {"epochs": 1, "method": "gmt"}, stage="gmt")
+    rows, problems = rows_of(tmp_path)
+    assert rows["GMT"].change is None
+    assert problems
 
 
 def test_fine_tunings_on_different_data_are_not_averaged(tmp_path: Path) -> None:
@@ -113,15 +127,23 @@ def test_the_fine_tuning_of_the_same_recipe_is_preferred(tmp_path: Path, setting
     assert change_of(rows[state]) == pytest.approx(rows[state].value - rows["FFT (one: fft)"].value)
 
 
-def test_every_seed_is_compared_with_the_same_fine_tuning(tmp_path: Path) -> None:
+def test_seeds_are_not_compared_with_different_fine_tunings(tmp_path: Path) -> None:
+    write_state(tmp_path, 1, "FFT", 0.5, {}, stage="fft", seed=0)
+    write_state(tmp_path, 12, "FFT", 0.3, STRONG, stage="strong", seed=1)
     for seed in (0, 1):
-        write_state(tmp_path, 1 + 10 * seed, "FFT", 0.5, {}, stage="fft", seed=seed)
         write_state(tmp_path, 4 + 10 * seed, "GMT", 0.4, {**STRONG, "method": "gmt"}, stage="gmt", seed=seed)
-    write_state(tmp_path, 2, "FFT", 0.3, STRONG, stage="strong", seed=0)  # not with seed 1
     rows, _ = rows_of(tmp_path)
-    assert rows["GMT"].against == ("FFT (fft)",)
-    assert change_of(rows["GMT"]) == pytest.approx(rows["GMT"].value - rows["FFT (fft)"].value)
-    assert all(result.change is not None for result in rows["GMT"].by_seed)
+    assert rows["GMT"].against == ("FFT (strong)",)
+    assert change_of(rows["GMT"]) == pytest.approx(rows["GMT"].by_seed[1].value - rows["FFT (strong)"].value)
+    assert [result.change is None for result in rows["GMT"].by_seed] == [True, False]
+
+
+@pytest.mark.parametrize("gone", ["001-fft", "002-fft", "004-fft"])
+def test_settings_that_are_missing_decide_nothing(tmp_path: Path, gone: str) -> None:
+    write_study(tmp_path)
+    shutil.rmtree(tmp_path / gone)
+    rows, _ = rows_of(tmp_path)
+    assert rows["GMT"].change is None
 
 
 def test_seeds_of_one_fine_tuning_are_one_baseline(tmp_path: Path) -> None:
@@ -137,7 +159,7 @@ CHOICES = {"schedule": ["linear", "constant"], "epochs": [1, 2, 3], "learning_ra
 settings_strategy = st.fixed_dictionaries({key: st.sampled_from(values) for key, values in CHOICES.items()})
 
 
-@given(st.lists(settings_strategy, min_size=1, max_size=3), settings_strategy)
+@given(st.lists(settings_strategy, min_size=1, max_size=4), settings_strategy)
 def test_the_change_is_against_the_fine_tuning_with_fewest_other_settings(
     tunings: Sequence[dict[str, Any]], own: dict[str, Any]
 ) -> None:
@@ -150,14 +172,13 @@ def test_the_change_is_against_the_fine_tuning_with_fewest_other_settings(
     distances = [sum(settings[key] != own[key] for key in CHOICES) for settings in tunings]
     nearest = [number for number, distance in enumerate(distances) if distance == min(distances)]
     gmt = rows["GMT"]
-    if any(tunings[number] != tunings[nearest[0]] for number in nearest):
+    if len(nearest) > 1:
         assert gmt.change is None
         assert problems
         return
-    names = ["FFT" if len(tunings) == 1 else f"FFT (fft{number})" for number in nearest]
-    assert set(gmt.against) == set(names)
-    mean = sum(rows[name].value for name in names) / len(names)
-    assert change_of(gmt) == pytest.approx(gmt.value - mean)
+    name = "FFT" if len(tunings) == 1 else f"FFT (fft{nearest[0]})"
+    assert gmt.against == (name,)
+    assert change_of(gmt) == pytest.approx(gmt.value - rows[name].value)
 
 
 def table_of(root: Path) -> MetricTable:
@@ -183,6 +204,17 @@ def test_tables_and_headline_name_the_baseline_if_there_are_several(tmp_path: Pa
     assert "Against FFT (half): " in text
 
 
+def test_a_state_that_is_not_compared_names_no_baseline(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_training(tmp_path, 5, "fft", "HFT", stage="hft", recipe="r", fft={"method": "hft"})
+    fewer = make_samples(8, loss=0.25, correct=0.7, samples=50)
+    write_evaluation(tmp_path, 108, "HFT", ["005-fft"], fewer, stage="hft", recipe="r")
+    tables, _ = compare_runs(tmp_path)
+    [overview] = overviews(tables)
+    [hft] = [cells for cells in overview_text(overview).rows if cells[0].text == "HFT"]
+    assert hft[0].detail == ""
+
+
 def test_one_baseline_is_not_repeated_in_every_row(tmp_path: Path) -> None:
     write_state(tmp_path, 1, "FFT", 0.5, {}, stage="fft")
     write_state(tmp_path, 4, "GMT", 0.4, {"method": "gmt"}, stage="gmt")
@@ -191,9 +223,11 @@ def test_one_baseline_is_not_repeated_in_every_row(tmp_path: Path) -> None:
 
 
 def test_flags_are_about_the_own_baseline(tmp_path: Path) -> None:
-    write_study(tmp_path)
-    write_state(tmp_path, 6, "GMT", 0.4, {**HALF, "method": "gmt", "batch_size": 7}, stage="gmt-half")
+    write_state(tmp_path, 1, "FFT", 0.5, {"batch_size": 7}, stage="fft")
+    write_state(tmp_path, 2, "FFT", 0.3, STRONG, stage="strong")
+    write_state(tmp_path, 3, "GMT", 0.4, {**STRONG, "method": "gmt"}, stage="gmt")
+    write_state(tmp_path, 4, "GMT", 0.4, {"batch_size": 9, "method": "gmt"}, stage="other")
     table = next(table for table in make_report(tmp_path, Silence()).tables if table.metric == "loss")
     flags = {row.state: row.flags for row in table.rows}
     assert flags["GMT (gmt)"] == ()
-    assert [flag for flag in flags["GMT (gmt-half)"] if "a batch of" in flag]
+    assert flags["GMT (other)"] == ("Trained with a batch of 9, the baseline with 7",)

@@ -49,6 +49,7 @@ def write_training(
         "config": {"seed": seed, "data": [data], "fft": {**(fft or {})}, "mask_train": {}},
         "recipe": recipe,
         "stage": stage,
+        "decides": {"data": [data], "fft": {**fft}} if fft is not None else {},
         "inputs": {
             "model": origin,
             "origin": origin,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from mftctl.errors import ModelError
@@ -84,23 +82,7 @@ def load_adapter(
     check_positions(adapted, folder)
     if trainable:
         trim_padding(adapted)
-        save_without_lookup(adapted)
     return adapted
-
-
-def save_without_lookup(adapted: PeftModel) -> None:
-    """Makes later saves of an adapter independent of the network.
-
-    By default, peft looks up the base on the Hugging Face Hub at each save, to find out whether the vocabulary was
-    resized, which mftctl never does. A local name such as `quickstart` can be another model's there.
-
-    Args:
-        adapted: Modified in place.
-    """
-    embeddings = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    are_adapted = any(isinstance(layer, BaseTunerLayer) for layer in embeddings)
-    save = partial(adapted.save_pretrained, save_embedding_layers=are_adapted)
-    adapted.save_pretrained = save  # type: ignore[method-assign] # the Trainer offers no argument for it
 
 
 def adapter_method(folder: Path) -> str:

@@ -166,9 +166,8 @@ def _panels(
         points, unreadable = _points(table.rows, command, option, by_name)
         problems += unreadable
         if lines := _lines(points):
-            drawn = [point.row for line in lines for point in line.points]
-            against = {name for row in drawn for name in row.against}
-            baselines = tuple(row for row in table.rows if row.state in against and row not in drawn)
+            against = {name for line in lines for point in line.points for name in point.row.against}
+            baselines = tuple(row for row in table.rows if row.state in against)
             panels.append(_Panel(table, lines, baselines))
     return panels, problems
 
@@ -307,7 +306,7 @@ def _bar_caption(rows: Sequence[Row]) -> str:
 def _baseline_caption(panels: Sequence[_Panel]) -> str:
     rows = [row for panel in panels for row in panel.baselines]
     if not rows:
-        return "The baseline was not measured."
+        return "No baseline was measured, or several fit equally well."
     band = "; band: standard deviation over seeds" if any(row.spread for row in rows) else ""
     return f"Horizontal line: {', '.join(dict.fromkeys(row.state for row in rows))}{band}."
 

@@ -112,6 +112,7 @@ def _metric_rows(table: MetricTable) -> Iterator[dict[str, Any]]:
             "standard_error": row.standard_error,
             "samples": row.samples,
             **_change_values(row.change),
+            "against": row.against,
             **_control_values(row),
             "runs": row.runs,
         }
@@ -122,6 +123,7 @@ def _metric_rows(table: MetricTable) -> Iterator[dict[str, Any]]:
                 "value": single.value,
                 "samples": row.samples,
                 **_change_values(single.change),
+                "against": row.against,
                 "runs": (single.run,),
             }
 
@@ -137,6 +139,7 @@ def _overview_rows(overview: Overview) -> Iterator[dict[str, Any]]:
                     "value": cell.value,
                     "standard_deviation": cell.spread,
                     **_change_values(cell.change),
+                    "against": cell.against,
                     "runs": cell.runs,
                 }
 
@@ -152,6 +155,7 @@ def _frontier_rows(frontier: Frontier) -> Iterator[dict[str, Any]]:
             "retained_loss": point.retained.value,
             "retained_standard_deviation": point.retained.spread,
             **{f"retained_{key}": value for key, value in _change_values(point.retained.change).items()},
+            "retained_against": point.retained.against,
             "dominated": point.is_dominated,
             "runs": tuple(dict.fromkeys((*point.in_domain.runs, *point.retained.runs))),
         }

@@ -64,11 +64,10 @@ def metric_text(table: MetricTable, *, by_seed: bool = False) -> TextTable:
         by_seed: Whether to add one line per seed below a state with several seeds.
     """
     has_controls = any(row.against_control is not None for row in table.rows)
-    has_several_baselines = sum(row.is_baseline for row in table.rows) > 1
     rows = []
     for row in table.rows:
         cells = _metric_row(row.state, value_text(row), row.change, row, row.runs, _control_cells(row))
-        if row.change is not None and has_several_baselines:
+        if row.change is not None and table.has_several_baselines:
             cells = (*cells[:2], replace(cells[2], detail=_against(row.against)), *cells[3:])
         rows.append(cells)
         for single in row.by_seed if by_seed and len(row.by_seed) > 1 else ():
@@ -100,7 +99,7 @@ def _metric_row(
 
 
 def _against(baselines: Iterable[str]) -> str:
-    return f"against {', '.join(dict.fromkeys(baselines))}"
+    return f"against {', '.join(baselines)}"
 
 
 def _control_cells(row: Row) -> tuple[TextCell, ...]:
@@ -127,12 +126,16 @@ def flag_lines(table: MetricTable) -> list[tuple[str, str]]:
 
 def overview_text(overview: Overview) -> TextTable:
     """All states on all data, with a mark on changes beyond noise."""
-    against = [[name for cell in cells if cell is not None for name in cell.against] for _, cells in overview.rows]
-    has_several_baselines = len({name for names in against for name in names}) > 1
     rows = []
-    for (state, cells), names in zip(overview.rows, against, strict=True):
-        detail = _against(names) if names and has_several_baselines else ""
-        rows.append((TextCell(state, detail), *map(_overview_cell, cells)))
+    for state, cells in overview.rows:
+        against = {cell.against for cell in cells if cell is not None and cell.change is not None}
+        shown = [*map(_overview_cell, cells)]
+        detail = ""
+        if overview.has_several_baselines and len(against) == 1:
+            detail = _against(*against)
+        elif overview.has_several_baselines:
+            shown = [_with_baseline(text, cell) for text, cell in zip(shown, cells, strict=True)]
+        rows.append((TextCell(state, detail), *shown))
     return TextTable(
         slug(f"all states of {Path(overview.origin).name}"),
         overview_title(overview),
@@ -140,6 +143,12 @@ def overview_text(overview: Overview) -> TextTable:
         tuple(rows),
         (False, *(True for _ in overview.columns)),
     )
+
+
+def _with_baseline(text: TextCell, cell: Cell | None) -> TextCell:
+    if cell is None or cell.change is None:
+        return text
+    return replace(text, detail=f"{text.detail} {_against(cell.against)}")
 
 
 def _overview_cell(cell: Cell | None) -> TextCell:
@@ -152,9 +161,11 @@ def _overview_cell(cell: Cell | None) -> TextCell:
 
 def frontier_text(frontier: Frontier) -> TextTable:
     """The losses of each state on both domains, with the change on the data to retain."""
+    has_several_baselines = sum(point.retained.is_baseline for point in frontier.points) > 1
     rows = []
     for point in frontier.points:
         retained = point.retained
+        against = _against(retained.against) if retained.change is not None and has_several_baselines else ""
         change, verdict = change_texts(retained.change, is_baseline=retained.is_baseline)
         beyond = "" if retained.change is None or retained.change.verdict == "within noise" else retained.change.verdict
         rows.append(
@@ -162,7 +173,7 @@ def frontier_text(frontier: Frontier) -> TextTable:
                 TextCell(point.state),
                 TextCell(value_text(point.in_domain), runs=point.in_domain.runs),
                 TextCell(value_text(retained), runs=retained.runs),
-                TextCell(change, verdict=beyond, runs=retained.runs if change else ()),
+                TextCell(change, against, beyond, retained.runs if change else ()),
                 TextCell(verdict, verdict=beyond),
                 TextCell("yes" if point.is_dominated else "no"),
             )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mftctl.reporting.state_tables import MetricTable
 
 _ALWAYS = ("index.html", "report.md", "report.json")
+_FOLDERS = ("tables", "answers", "figures")
 
 
 def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]:
@@ -67,7 +68,7 @@ def require_report_folder(folder: Path) -> None:
             expected="a folder",
             hint="another --output",
         )
-    require_free(folder, list(_ALWAYS), Kind.REPORT)
+    require_free(folder, list(_ALWAYS), Kind.REPORT, folders=_FOLDERS)
 
 
 def _table_document(table: MetricTable) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mftctl.experiments.fft_options import FftOptions
-from mftctl.masking.checkpoints.adapters import save_without_lookup
 from mftctl.masking.checkpoints.mask_support import kept_positions, read_support
 from mftctl.masking.checkpoints.quantization import is_quantized, merge_into_dequantized
 from mftctl.masking.checkpoints.sparse_adapters import ADAPTER
@@ -46,7 +45,6 @@ def add_adapter(
         adapted = add_sparse_adapter(model, options, kept_positions(mask, read_support(mask, model)))
     # peft records the folder that the weights were loaded from, which for a hub model is in this machine's cache.
     adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-    save_without_lookup(adapted)
     return adapted
 
 

@@ -90,6 +90,13 @@ def test_files_listed_by_a_user_document_stay(report: Report, tmp_path: Path) ->
     assert files_in(tmp_path) == {"figures/mine.png", "report.json"}
 
 
+@pytest.mark.parametrize("name", ["report.md", "figures", "tables", "answers"])
+def test_a_file_in_the_way_is_found_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="would be replaced"):
+        require_report_folder(tmp_path)
+
+
 def test_a_report_needs_a_folder(tmp_path: Path) -> None:
     (tmp_path / "report").write_text("mine", encoding="utf-8")
     with pytest.raises(OutputError, match="needs a folder, but this path is a file"):
