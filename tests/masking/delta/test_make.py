@@ -466,5 +466,5 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None
             apply_delta_to_checkpoint(base, delta, tmp_path / f"out{count}", base_model="b")
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[64] < peaks[4] * 3  # 16 if it grew; two tensors are in memory at once, or one, as the threads happen to run
+    assert peaks[64] < peaks[4] * 3  # 16 if it grew; one or two tensors are in memory at once, by chance
     assert peaks[64] > CHUNK_BYTES
