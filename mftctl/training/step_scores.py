@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_UNMASKED = "unmasked"
-
-
 class StepScores:
     """Measures scores during a training and keeps their samples.
 
@@ -31,16 +28,20 @@ class StepScores:
         scorer: Measures a model.
         folder: Receives a folder of samples for each measurement.
         listener: Receives a note about each validation.
+        unmasked: Folder of the samples without a mask, if several trainings share them; by default, one in `folder`.
     """
 
-    def __init__(self, scorer: ValidationScorer, folder: Path, listener: Listener) -> None:
+    def __init__(
+        self, scorer: ValidationScorer, folder: Path, listener: Listener, *, unmasked: Path | None = None
+    ) -> None:
         self._scorer = scorer
         self._root = folder
         self._listener = listener
+        self._unmasked = unmasked or folder / "unmasked"
 
     def unmasked(self, model: PreTrainedModel) -> Score:
         """The score of a model without a mask."""
-        return self._scorer.score_once(model, self._root / _UNMASKED)
+        return self._scorer.score_once(model, self._unmasked)
 
     def score(self, model: PreTrainedModel, step: int, horizon: float | None) -> Score:
         """The score of the trained values at a step, or of their average with a horizon."""
@@ -68,7 +69,7 @@ class StepScores:
     def _folder(self, step: int, horizon: float | None) -> Path:
         folder = self._root / _name(step, horizon)
         # Initial scores that remove nothing have the score of the unmasked model, which is not measured again.
-        return folder if step > 0 or folder.exists() else self._root / _UNMASKED
+        return folder if step > 0 or folder.exists() else self._unmasked
 
 
 def _name(step: int, horizon: float | None) -> str:

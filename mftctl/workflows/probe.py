@@ -194,9 +194,8 @@ class _ProbedModel:
         losses = validation_losses(self.model, self._inputs, listener, objective_of(options))
         self.unmasked_loss, self._unmasked_rewards = mean_loss(losses), objective_of(options).rewards(losses)
         self.unmasked = None if scorer is None else scorer.score_once(self.model, run.folder / "unmasked")
-        self._unmasked_of_steps = (
-            None if of_steps is None else of_steps.score_once(self.model, run.folder / "scores" / "unmasked")
-        )
+        self._samples_of_steps = run.folder / "scores" / "unmasked"
+        self._unmasked_of_steps = None if of_steps is None else of_steps.score_once(self.model, self._samples_of_steps)
 
     def outcome(
         self, group: TargetGroup, folder: TrainingFolder, states: HiddenStates, *, resume: bool
@@ -236,7 +235,9 @@ class _ProbedModel:
 
     def _step_scores(self, folder: Path) -> StepScores | None:
         """The scores that decide between the masks of a group; None if the loss does."""
-        return None if self._of_steps is None else StepScores(self._of_steps, folder / "scores", self._listener)
+        if self._of_steps is None:
+            return None
+        return StepScores(self._of_steps, folder / "scores", self._listener, unmasked=self._samples_of_steps)
 
     def _scored(self, outcome: TrainedGroup, group: TargetGroup, found: FoundMask, folder: Path) -> TrainedGroup:
         """The score of the mask; empty if groups are ranked by loss."""

@@ -152,21 +152,27 @@ def test_of_equal_scores_that_with_the_lower_loss_is_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "default"])
 def test_the_masks_of_a_probe_are_kept_by_their_scores(
-    workspace: Path, tmp_path: Path, scores: dict[str, float]
+    workspace: Path, tmp_path: Path, scores: dict[str, float], preset: str
 ) -> None:
-    scores |= {"step-2": 1.0}
+    scores |= {"unmasked": 0.5, "step-2": 1.0}
     recipe = make_recipe(
         workspace,
+        mask_train__preset=preset,
         mask_train__best_by="exact_match",
         mask_train__max_steps=4,
         mask_train__val_steps=2,
-        probe__groups=[4],
+        probe__groups=[2],
     )
     run, source = open_run(tmp_path, "probe", recipe)
-    [group] = probe(recipe, source, run, Silence()).document()["groups"]
-    assert group["best_step"] == 2
-    assert "score" not in group  # groups are still ranked by loss
+    groups = probe(recipe, source, run, Silence()).document()["groups"]
+    assert [group["best_step"] for group in groups] == [2, 2]
+    assert not any("score" in group for group in groups)  # they are still ranked by loss
+    for group in ("0-1", "2-3"):
+        lines = [line.document() for line in run.training_in(run.folder / "groups" / group).metrics()]
+        [change] = [line["score_change"] for line in lines if line["step"] == 2 and "score_change" in line]
+        assert change["value"] == pytest.approx(0.5 if preset == "default" else 1.0)
 
 
 def test_a_score_adds_its_settings_to_what_decides_a_result() -> None:
