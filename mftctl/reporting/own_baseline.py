@@ -17,6 +17,8 @@ Pair = tuple[Measurement, Measurement]
 _DATA = ("data", "val_data", "val_fraction", "revision", "learn", "bad_records", "files")
 _TEMPLATE = ("chat_template", "template_args", "merge_system")
 _OF_SPEED = ("benchmark_every", "benchmark_limit", "gradient_checkpointing")
+_OF_STEP = ("batch_size", "grad_accum_steps")
+"""Counted as one setting."""
 
 
 def baseline_of(measurements: Sequence[Measurement]) -> str:
@@ -53,7 +55,7 @@ def baseline_pairs(group: Sequence[Measurement], others: Iterable[Measurement], 
         return pairs
     distances = {row: _distance(of_row) for row, of_row in rows.items()}
     are_known = None not in distances.values()
-    ranks = {row: (distances[row] if are_known else 0, *_strangeness(of_row, group)) for row, of_row in rows.items()}
+    ranks = {row: (distances[row] if are_known else 0, *_differences(of_row, group)) for row, of_row in rows.items()}
     nearest = [row for row, rank in ranks.items() if rank == min(ranks.values())]
     if len(nearest) > 1:
         names = ", ".join(": ".join(filter(None, row)) for row in nearest)
@@ -66,8 +68,8 @@ def _is_made_from(base: Measurement, item: Measurement) -> bool:
     return base.lineage.parents == parents[:1] if parents else item.state != PRE_TRAINED
 
 
-def _strangeness(of_row: Sequence[Pair], group: Sequence[Measurement]) -> tuple[bool, bool]:
-    """Whether a row is of another recipe than a state, and whether it lacks one of its seeds."""
+def _differences(of_row: Sequence[Pair], group: Sequence[Measurement]) -> tuple[bool, bool]:
+    """Whether a row is of another recipe than the state, and whether it lacks one of the state's seeds."""
     recipes = [{item.run.record.recipe for item in side} for side in ([base for base, _ in of_row], group)]
     return recipes[0].isdisjoint(recipes[1]), not {item.seed for item in group} <= {base.seed for base, _ in of_row}
 
@@ -90,8 +92,8 @@ def _settings(item: Measurement) -> dict[str, str]:
     section = decides.get("fft")
     if not isinstance(section, dict):
         return {}
-    section["records_a_step"] = [section.pop("batch_size", None), section.pop("grad_accum_steps", None)]
     found = {key: decides[key] for key in (*_DATA, *_TEMPLATE) if key in decides}
-    found |= {f"fft.{key}": value for key, value in section.items() if key not in _OF_SPEED}
+    found |= {f"fft.{key}": value for key, value in section.items() if key not in (*_OF_SPEED, *_OF_STEP)}
+    found["step"] = [section.get(key) for key in _OF_STEP]
     found["digest"] = RunInputs.read(tuned[0].record.inputs).of_part("train")[0]
     return {key: json.dumps(value, sort_keys=True) for key, value in found.items()}

@@ -73,6 +73,16 @@ def test_a_method_is_compared_with_the_fine_tuning_of_the_same_settings(tmp_path
     assert change_of(rows["GMT"]) == pytest.approx(rows["GMT"].value - rows["FFT (strong)"].value)
 
 
+def test_every_metric_has_the_same_baseline(tmp_path: Path) -> None:
+    write_state(tmp_path, 1, "FFT", 0.5, {"batch_size": 4}, stage="fft")
+    write_state(tmp_path, 2, "FFT", 0.3, {"batch_size": 16}, stage="large")
+    write_state(tmp_path, 3, "GMT", 0.4, {"batch_size": 16, "method": "gmt"}, stage="gmt")
+    tables, problems = compare_runs(tmp_path)
+    assert problems == []
+    against = [row.against for table in tables for row in table.rows if row.state == "GMT"]
+    assert against == [("FFT (large)",)] * 2
+
+
 @pytest.mark.parametrize(("loss", "control", "is_baseline"), [(0.5, "strong", True), (0.1, "fft", False)])
 def test_the_strongest_control_has_its_own_change(tmp_path: Path, loss: float, control: str, is_baseline: bool) -> None:
     write_state(tmp_path, 1, "FFT", loss, {}, stage="fft")
